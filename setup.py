@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
-    license=cfg["license"],
+    license_expression=cfg["license"],
     license_files=["LICENSE"],
     keywords=cfg["keywords"],
     url=cfg["git_url"],

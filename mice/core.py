@@ -38,7 +38,7 @@ def check_shapes(
             raise ValueError(f"{name} must have shape ({expected}), got {tuple(x.shape)}")
     return sizes
 
-# %% ../nbs/00_notation.ipynb #386c10f4
+# %% ../nbs/00_notation.ipynb #369ff6f0
 def check_positive(
     **scalars: float,  # name=value pairs, such as tau=tau
 ) -> None:
@@ -52,8 +52,9 @@ def check_finite(
 ) -> None:
     "Raise ValueError if a tensor holds NaN or infinity, and say how many."
     for name, x in tensors.items():
-        bad = x.numel() - int(torch.isfinite(x).sum())
-        if bad:
+        fine = torch.isfinite(x)
+        if not fine.all():
+            bad = int((~fine).sum())
             raise ValueError(f"{name} must be finite, got {bad} NaN or infinite of {x.numel()} values")
 
 # %% ../nbs/00_notation.ipynb #8d63bff0

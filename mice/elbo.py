@@ -19,7 +19,7 @@ from .experts import log_phi
 from .gating import log_gate
 from .normalizer import Queue, embeddings
 
-# %% ../nbs/04_elbo.ipynb #15c9e119
+# %% ../nbs/04_elbo.ipynb #b2995031
 def elbo(
     log_pi: Tensor,  # (N, K) log of the gate
     log_p: Tensor,  # (N, K) log of each expert's probability of the right answer
@@ -27,8 +27,8 @@ def elbo(
 ) -> Tensor:  # (N,) nats
     "Evidence lower bound of each image: $\\mathbb{E}_q[\\log p(y_n, z_n \\mid x_n) - \\log q(z_n)]$, Eq. (7)."
     check_shapes("log_pi:NK log_p:NK log_q:NK", log_pi, log_p, log_q)
-    q = log_q.exp()  # (N, K)
-    return (q * torch.where(q > 0, log_pi + log_p - log_q, 0)).sum(-1)
+    weight = log_q.exp()  # (N, K)
+    return (weight * torch.where(weight > 0, log_pi + log_p - log_q, 0)).sum(-1)
 
 def log_marginal(
     log_pi: Tensor,  # (N, K) log of the gate
@@ -38,30 +38,36 @@ def log_marginal(
     check_shapes("log_pi:NK log_p:NK", log_pi, log_p)
     return torch.logsumexp(log_pi + log_p, dim=-1)
 
-# %% ../nbs/04_elbo.ipynb #ee64664e
+# %% ../nbs/04_elbo.ipynb #4ef8028a
 def attend(
     query: Tensor,  # (N, K, D), here f + mu
     bank: Tensor,  # (V, K, D) keys and values, here the queue
     tau: float = 1.0,  # temperature, dimensionless
 ) -> tuple[Tensor, Tensor]:  # log-sum-exp of the scores (N, K), softmax-weighted mean of the bank (N, K, D)
     "Attention over the bank in pieces, so that the N x K x V scores never exist at once."
-    (N, K, D), V = query.shape, len(bank)
+    N, K, D, V = check_shapes("query:NKD bank:VKD", query, bank).values()
+    check_positive(tau=tau, N=N, V=V)
     rows = query.transpose(0, 1) / tau  # (K, N, D)
     lse = torch.full((K, N, 1), -math.inf, dtype=query.dtype, device=query.device)
     mean = torch.zeros_like(rows)  # (K, N, D)
-    for piece in bank.transpose(0, 1).split(max(D, V * D // (4 * N)), dim=1):  # (K, C, D): scores stay below the bank's size
-        scores = rows @ piece.mT  # (K, N, C)
+    for piece in bank.transpose(0, 1).split(max(D, V * D // (4 * N)), dim=1):  # (K, C, D)
+        scores = rows @ piece.mT  # (K, N, C), at most a quarter of the bank or all of the query
         new = torch.logaddexp(lse, scores.logsumexp(-1, keepdim=True))  # (K, N, 1)
         mean = mean * (lse - new).exp() + (scores - new).exp() @ piece
         lse = new
     return lse[..., 0].T, mean.transpose(0, 1)
 
-
+# %% ../nbs/04_elbo.ipynb #2ae0c86d
 class QueueLogSumExp(torch.autograd.Function):
-    "Log-sum-exp over the bank with `attend`'s mean kept as its gradient: no logits are saved."
+    "Log-sum-exp over the bank with `attend`'s mean kept as its gradient: no scores are saved."
 
     @staticmethod
-    def forward(ctx, query, bank, tau):
+    def forward(
+        ctx,  # autograd's memory between the two passes
+        query: Tensor,  # (N, K, D), here f + mu
+        bank: Tensor,  # (V, K, D) keys and values; receives no gradient
+        tau: float,  # temperature, dimensionless
+    ) -> Tensor:  # (N, K)
         lse, mean = attend(query, bank, tau)
         ctx.save_for_backward(mean)
         ctx.tau = tau
@@ -72,19 +78,19 @@ class QueueLogSumExp(torch.autograd.Function):
     def backward(ctx, grad):
         return grad[..., None] * ctx.saved_tensors[0] / ctx.tau, None, None
 
-# %% ../nbs/04_elbo.ipynb #bb35d359
+# %% ../nbs/04_elbo.ipynb #b83517d0
 class Objective(NamedTuple):
     "What one batch gives: the loss, and what the E-step and the monitors need."
     loss: Tensor  # () mean negative log marginal likelihood, nats
     log_posterior: Tensor  # (N, K) log q
     log_pi: Tensor  # (N, K) log of the gate
 
-
+# %% ../nbs/04_elbo.ipynb #a24e9cab
 def mice_objective(
     f: Tensor,  # (N, K, D) unit rows, student, view 1
     v: Tensor,  # (N, K, D) unit rows, teacher, view 2
     g: Tensor,  # (N, D) unit rows, gate, view 3
-    mu: Tensor,  # (K, D) expert prototypes
+    mu: Tensor,  # (K, D) expert prototypes of any length; their direction counts
     omega: Tensor,  # (K, D) unit rows, gating prototypes
     queue: Queue | Tensor,  # negatives, a queue or a tensor (V, K, D)
     tau: float = 1.0,  # temperature of the experts, dimensionless
@@ -97,15 +103,17 @@ def mice_objective(
     if check:
         check_finite(f=f, v=v, g=g, mu=mu, omega=omega, queue=bank)
     log_pi = log_gate(g, omega, kappa)  # (N, K)
-    positive = log_phi(f, v.detach(), mu, tau)  # (N, K)
-    negatives = QueueLogSumExp.apply(f + unit(mu), bank, tau)  # (N, K)
-    log_p = logsigmoid(positive - negatives)  # (N, K) = log Phi - log Z-hat, without cancellation
+    negatives = QueueLogSumExp.apply(f + unit(mu), bank, tau)  # (N, K) log of the sum over the queue
+    log_p = logsigmoid(log_phi(f, v.detach(), mu, tau) - negatives)  # (N, K) = log Phi - log Z-hat
     return Objective(-log_marginal(log_pi, log_p).mean(), log_posterior(log_pi, log_p), log_pi)
 
-
+# %% ../nbs/04_elbo.ipynb #5e460561
 def loss_bounds(
     nu: int,  # length of the queue
-    tau: float = 1.0,  # temperature, dimensionless
+    tau: float = 1.0,  # temperature of the experts, dimensionless
 ) -> tuple[float, float]:  # smallest and largest possible loss, nats
     "What the loss can never leave: $\\log(1 + \\nu e^{\\mp 4/\\tau})$; the ELBO is its negative."
-    return math.log1p(nu * math.exp(-4 / tau)), math.log1p(nu * math.exp(4 / tau))
+    check_positive(nu=nu, tau=tau)
+    lead = torch.tensor([4.0, -4.0], dtype=torch.float64) / tau - math.log(nu)  # of the right answer over the queue
+    low, high = (-logsigmoid(lead)).tolist()
+    return low, high

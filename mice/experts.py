@@ -23,11 +23,11 @@ def log_phi(
     check_positive(tau=tau)
     return torch.einsum("nkd,nkd->nk", v, f + unit(mu)) / tau
 
-# %% ../nbs/02_experts.ipynb #d8890ff7
+# %% ../nbs/02_experts.ipynb #4418863e
 def log_partition(
     f: Tensor,  # (N, K, D) unit rows, student
     bank: Tensor,  # (M, K, D) unit rows, the teacher's embeddings of all M images
-    mu: Tensor,  # (K, D) expert prototypes
+    mu: Tensor,  # (K, D) expert prototypes of any length; their direction counts
     tau: float = 1.0,  # temperature, dimensionless
 ) -> Tensor:  # (N, K) log Z
     "Exact normaliser, a sum over every image of the dataset: $\\log Z(x_n, k)$, Eq. (5)."

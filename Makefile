@@ -1,0 +1,55 @@
+# From a machine with Python 3.11+ and make, `make reproduce` and `make test` do all of their own set-up.
+PYTHON ?= python3
+SEED ?= 0
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test notebooks export clean-notebooks readme lab docs wheel
+
+help: ## list these targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-16s %s\n", $$1, $$2 }'
+
+setup: .venv/.ready ## create .venv with the versions of requirements.lock; reused until something changes
+
+reproduce: .venv/.ready ## train on the digits for one seed (SEED=0) and print the result line
+	@$(BIN)/mice reproduce digits --seed $(SEED)
+
+test: .venv/.ready ## run everything: notebooks, mathematics, package, site
+	@$(BIN)/python -m pytest
+
+notebooks: .venv/.ready ## execute all notebooks in place, export, clean, write README.md
+	$(BIN)/nbdev_export
+	env -u MPLBACKEND $(BIN)/jupyter-nbconvert --to notebook --execute --inplace nbs/[0-9i]*.ipynb
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/readme.py
+
+export: .venv/.ready ## write the modules in mice/ from the notebooks
+	$(BIN)/nbdev_export
+
+clean-notebooks: .venv/.ready ## strip metadata that only makes noise in a diff
+	$(BIN)/nbdev_clean
+
+readme: .venv/.ready ## write README.md from nbs/index.ipynb
+	$(BIN)/python tests/readme.py
+
+lab: .venv/.ready ## open the notebooks in JupyterLab; it prints its address
+	$(BIN)/jupyter-lab --no-browser --ip=127.0.0.1 --notebook-dir=nbs
+
+docs: .venv/.ready ## render the site to _docs/
+	@command -v quarto > /dev/null || { echo "make docs needs Quarto: install it from https://quarto.org/docs/get-started" >&2; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+	$(BIN)/python tests/readme.py
+
+wheel: .venv/.ready ## build dist/mice-*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+.venv/.ready: requirements.lock settings.ini setup.py
+	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "mice needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": name another, as in make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { echo "$(PYTHON) cannot create virtual environments: install its venv module (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "Setting up .venv: some minutes and up to 6 GB the first time, nothing the next"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --use-pep517 --editable .
+	@touch $@

@@ -1,0 +1,172 @@
+"""The command `mice reproduce` in real processes: parameters, ledger, bad input, a kill."""
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from house import ROOT
+from sklearn.datasets import load_digits
+
+from mice.core import Config
+from mice.ledger import read_rows
+
+REPRODUCE = ROOT / "nbs" / "reproduction" / "reproduce.ipynb"
+MICE = Path(sys.executable).with_name("mice")
+TINY = dict(epochs=2, image_size=8, dim=16, nu=64, batch_size=64)
+
+
+def sets(**values) -> list[str]:
+    return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
+
+
+def mice(*words, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([MICE, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=600, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    "One tiny run of the digits, seed 3."
+    out = tmp_path_factory.mktemp("runs")
+    return mice("reproduce", "digits", "--seed", 3, "--out", out, *sets(**TINY)), out
+
+
+def test_parameters_reach_the_ledger(run):
+    done, out = run
+    assert done.returncode == 0, done.stderr
+    (row,) = read_rows(out)
+    assert {name: row["config"][name] for name in TINY} == TINY
+    assert (row["seed"], row["config"]["seed"], row["epochs"], row["dataset"]) == (3, 3, 2, "digits")
+    assert len(row["loss_curve"]) == 2 and row["seconds"] > 0 and row["peak_memory_bytes"] > 1e7
+    assert 0 < row["metrics"]["acc"] < 1
+
+
+def test_prints_result_and_places(run):
+    done, out = run
+    *_, result, notebook, figures = done.stdout.strip().splitlines()
+    (row,) = read_rows(out)
+    assert f"ACC {row['metrics']['acc']:.3f}" in result and "epoch 2 (last)" in result and "seed 3" in result
+    assert Path(notebook.split()[1]).is_file()
+    folder = Path(figures.split()[1])
+    assert {path.name for path in folder.iterdir()} == {"tsne.png", "curves.png", "confusion.png", "gallery.png"}
+    assert "loss" in done.stderr and "images/s" in done.stderr  # the progress bar reaches the terminal
+
+
+def test_labels_of_the_run_give_its_accuracy(run):
+    from mice.metrics import clustering_accuracy
+
+    _, out = run
+    (row,) = read_rows(out)
+    (file,) = (out / "labels").glob("*.npz")
+    with np.load(file) as labels:
+        assert clustering_accuracy(load_digits().target, labels["clusters"]) == pytest.approx(row["metrics"]["acc"])
+
+
+def test_same_seed_same_bits_other_seed_not(run, tmp_path):
+    _, out = run
+    for seed in (3, 4):
+        assert mice("reproduce", "digits", "--seed", seed, "--out", tmp_path, *sets(**TINY)).returncode == 0
+    curves = {row["seed"]: row["loss_curve"] for row in read_rows(tmp_path)}
+    assert curves[3] == read_rows(out)[0]["loss_curve"] != curves[4]
+
+
+def test_one_parameter_cell_equal_to_the_defaults():
+    cells = [c for c in nbformat.read(REPRODUCE, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(cells) == 1
+    given = {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cells[0].source).body}
+    assert given.pop("out") == "runs"
+    assert set(given) == {field.name for field in fields(Config)}
+    assert Config(**given) == Config()
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["digit"], "no experiment 'digit'"),
+        (["digits", "--set", "epohcs=3"], "unknown parameter 'epohcs': did you mean 'epochs'?"),
+        (["digits", "--set", "lr=fast"], "lr must be float, got 'fast'"),
+        (["digits", "--set", "tau=-1"], "tau must be a finite number above 0"),
+        (["digits", "--set", "dim=8"], "dim must be at least n_clusters - 1 = 9, got 8"),
+        (["digits", "--set", "dataset=nowhere.npz"], "got 'nowhere.npz'"),
+        (["digits", "--set", "batch_size=5000", "--set", "arch=small"], "batch_size is 5000, got 1797 images"),
+        (["digits", "--set", "device=cuda:77", "--set", "epochs=1"], "got 'cuda:77'"),
+        (["digits", "--set", "arch=resnet35"], "arch must be one of"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path):
+    done = mice("reproduce", *words, "--out", tmp_path)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2
+    assert last.startswith("mice: ") and says in last
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not list(tmp_path.rglob("ledger/*"))
+
+
+def test_diverged_run_exits_with_3_and_leaves_no_row(tmp_path):
+    done = mice("reproduce", "digits", "--out", tmp_path, *sets(**TINY, lr="1e30", warmup=0))
+    assert (done.returncode, "the loss became nan" in done.stderr.splitlines()[-1]) == (3, True), done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "ledger").exists()
+
+
+def test_papermill_alone_stops_at_a_mistyped_name(tmp_path):
+    command = [sys.executable, "-m", "papermill", REPRODUCE, tmp_path / "x.ipynb", "-p", "epohcs", "3", "-p", "out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0 and "unknown parameter 'epohcs': did you mean 'epochs'?" in done.stderr
+
+
+def test_killed_run_leaves_no_row(tmp_path):
+    command = [MICE, "reproduce", "digits", "--out", tmp_path, *sets(**TINY | dict(epochs=10_000))]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        for line in iter(lambda: process.stderr.read(40), ""):
+            if "loss" in line:  # it trains
+                break
+        time.sleep(1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert read_rows(tmp_path) == []
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_own_images_without_labels(channels, tmp_path):
+    images = np.repeat(np.rint(load_digits().images[:200] * 15).astype(np.uint8)[..., None], channels, -1)
+    np.savez(tmp_path / "mine.npz", images=images)
+    done = mice("reproduce", "digits", "--out", tmp_path, *sets(**TINY, dataset=tmp_path / "mine.npz"))
+    assert done.returncode == 0, done.stderr
+    (row,) = read_rows(tmp_path)
+    assert row["metrics"] == dict(acc=None, nmi=None, ari=None) and row["dataset"] == "mine"
+    assert "no labels" in done.stdout
+
+
+def test_dry_run_prints_every_parameter_and_runs_nothing(tmp_path):
+    import yaml
+
+    done = mice("reproduce", "digits", "--dry-run", "--seed", 7, "--out", tmp_path)
+    printed = yaml.safe_load(done.stdout)
+    assert done.returncode == 0 and set(printed) == set(asdict(Config())) and printed["seed"] == 7
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_cannot_enter_training():
+    import inspect
+
+    from mice import training
+
+    assert "labels" not in inspect.signature(training.fit).parameters
+    names = {node.id for node in ast.walk(ast.parse(inspect.getsource(training))) if isinstance(node, ast.Name)}
+    assert not {"label", "labels", "target"} & names
+
+
+def test_committed_rows_are_complete():
+    for path in (ROOT / "results" / "ledger").glob("*.json"):
+        assert json.loads(path.read_text())["commit"], path
+    read_rows(ROOT / "results")
