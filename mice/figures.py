@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDENT', 'TEACHER', 'QUEUE', 'CLUSTERS', 'style', 'circle_axes', 'ink', 'loss_panel', 'share_panel', 'curves',
-           'embed_2d', 'maps', 'matched_counts', 'confusion', 'both_ends', 'mosaic', 'gallery', 'save']
+           'embed_2d', 'maps', 'matched_counts', 'confusion', 'both_ends', 'mosaic', 'gallery', 'with_palette', 'save']
 
 # %% ../nbs/16_figures.ipynb #7440799e
 import io
@@ -200,7 +200,7 @@ def mosaic(
             canvas[y : y + H, x : x + W] = images[n]
     return canvas
 
-# %% ../nbs/16_figures.ipynb #faa6ba62
+# %% ../nbs/16_figures.ipynb #1b86090a
 def gallery(
     images: np.ndarray,  # (M, H, W, C) uint8, C = 1 (grey) or 3 (colour)
     clusters: np.ndarray,  # (M,) cluster of each image, from 0
@@ -210,7 +210,7 @@ def gallery(
     "A row for each cluster: its size, its most certain images, its least certain ones."
     images, clusters, confidence = np.asarray(images), whole_numbers("clusters", clusters), np.asarray(confidence)
     lengths = len(images), len(clusters), len(confidence)
-    require(len(set(lengths)) == 1 and clusters.min() >= 0, f"images, clusters (from 0) and confidence must agree, got {lengths}")
+    require(len(set(lengths)) == 1 and clusters.min() >= 0, f"lengths must agree and clusters be at least 0, got {lengths}, {clusters.min()}")
     members = [np.flatnonzero(clusters == k) for k in range(clusters.max() + 1)]
     canvas = mosaic(images, [tuple(rows[end] for end in both_ends(confidence[rows], per)) for rows in members], per)
     fig, ax = plt.subplots(figsize=(6.4, 0.4 + 5.4 * canvas.shape[0] / canvas.shape[1]))
@@ -222,22 +222,31 @@ def gallery(
         ax.text(x, -0.1, heading, ha="center", va="bottom")
     return fig
 
-# %% ../nbs/16_figures.ipynb #5d779389
+# %% ../nbs/16_figures.ipynb #0f486d39
+def with_palette(
+    png: bytes,  # a PNG file
+    colours: int,  # at most 256
+) -> bytes:  # the same picture as a PNG with a palette
+    "Fewer colours, far fewer bytes; white stays white, so that the picture can lie on a white page."
+    picture, smaller = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    picture = picture.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    palette = np.array(picture.getpalette()).reshape(-1, 3)  # (colours, 3)
+    palette[palette.min(1) > 247] = 255
+    picture.putpalette(palette.ravel().tolist())
+    picture.save(smaller, format="png", optimize=True)
+    return smaller.getvalue()
+
+# %% ../nbs/16_figures.ipynb #1ece1c82
 def save(
     fig: plt.Figure,  # any figure
     path: str | Path,  # ends in .png; the folder is created
-    largest: int = 60_000,  # bytes; beyond it, the picture gets fewer colours
+    largest: int = 60_000,  # bytes; a larger picture gets 256 colours, or 128 or 64 if that brings it below
 ) -> Path:  # where it lies
-    "Write a PNG of at most `largest` bytes where 64 colours or more allow it."
+    "Write a small PNG."
     path, png = Path(path), io.BytesIO()
     require(path.suffix == ".png", f"path must end in .png, got {path.name!r}")
     fig.savefig(png, format="png", metadata={"Software": None})
-    picture = Image.open(png).convert("RGB")
-    for colours in (256, 128, 64):
-        if png.tell() <= largest:
-            break
-        png = io.BytesIO()
-        picture.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(png, format="png", optimize=True)
+    files = [png.getvalue(), *(with_palette(png.getvalue(), colours) for colours in (256, 128, 64))]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png.getvalue())
+    path.write_bytes(next((file for file in files if len(file) <= largest), files[1]))
     return path

@@ -19,8 +19,8 @@ LAYERS = [
     "gating experts estep mstep",
     "normalizer",
     "elbo",
-    "encoders views data metrics ledger checkpoints figures",
-    "training two_stage",
+    "encoders views data metrics ledger checkpoints",
+    "training two_stage figures",
     "estimator",
     "cli",
 ]
