@@ -34,7 +34,7 @@ readme: .venv/.ready ## write README.md from nbs/index.ipynb
 	$(BIN)/python tests/readme.py
 
 lab: .venv/.ready ## open the notebooks in JupyterLab; it prints its address
-	$(BIN)/jupyter-lab --no-browser --ip=127.0.0.1 --notebook-dir=nbs
+	$(BIN)/jupyter-lab --no-browser --ip=127.0.0.1 --ServerApp.root_dir=nbs
 
 docs: .venv/.ready ## render the site to _docs/
 	@command -v quarto > /dev/null || { echo "make docs needs Quarto: install it from https://quarto.org/docs/get-started" >&2; exit 1; }

@@ -47,14 +47,13 @@ def experiment(
     config_from(values)
     return values
 
-# %% ../nbs/17_cli.ipynb #4d36acc3
+# %% ../nbs/17_cli.ipynb #549ba880
 def reproduce(
     values: dict,  # parameter -> value, as from `experiment`
     out: Path,  # folder for the executed notebook, figures, labels and ledger
 ) -> tuple[dict, Path]:  # the run's row in the ledger, and the executed notebook
     "Run the reproduction notebook; only its row in the ledger proves that it finished."
     import papermill
-    from traitlets.config import Config as Traits
 
     source = find_root() / "nbs" / "reproduction" / "reproduce.ipynb"
     name = run_name(asdict(config_from(values)), "mice")
@@ -62,7 +61,7 @@ def reproduce(
     executed.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(
         str(source), str(executed), parameters={**values, "out": str(out)}, kernel_name="python3",
-        progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True, config=Traits(KernelManager={"transport": "ipc"}),
+        progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )
     return json.loads((out / "ledger" / f"{name}.json").read_text()), executed
 

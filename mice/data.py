@@ -36,7 +36,7 @@ def check_images(
     require(good, f"images must have shape (M, H, W, C) with C = 1 or 3, none of them 0, got {images.shape}")
     return images
 
-# %% ../nbs/08_data.ipynb #da3f0048
+# %% ../nbs/08_data.ipynb #16ef31a5
 def resize(
     images: np.ndarray,  # (M, H, W, C) uint8
     size: int,  # new height and width, pixels
@@ -46,7 +46,8 @@ def resize(
     if images.shape[1:3] == (size, size):
         return images
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float()  # (M, C, H, W)
-    x = interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    shrinks = size < min(images.shape[1:3])
+    x = interpolate(x, size=(size, size), mode="bicubic", antialias=shrinks, align_corners=False)
     return x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 # %% ../nbs/08_data.ipynb #18584b1d

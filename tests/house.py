@@ -1,6 +1,7 @@
 """Where things are: shared by the tests and by readme.py."""
 
 import re
+import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -45,6 +46,17 @@ def directives(cell: NotebookNode) -> list[str]:
 
 def exported(cell: NotebookNode) -> bool:
     return any(line.split()[0] in ("export", "exports", "exporti") for line in directives(cell))
+
+
+def copy_sources(to: Path) -> Path:
+    "What nbdev and the wheel are made from, without what running them leaves behind."
+    to.mkdir()
+    left = shutil.ignore_patterns("__pycache__", ".*", "_proc", "kernel-ipc*")
+    for name in "LICENSE README.md _quarto.yml settings.ini setup.py".split():
+        shutil.copy2(ROOT / name, to)
+    for name in "mice nbs tests".split():
+        shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=left)
+    return to
 
 
 def modules() -> list[str]:

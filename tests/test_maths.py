@@ -395,6 +395,8 @@ BAD = {
     "enqueue shape": (lambda: Queue(5, 3, 4).enqueue(f[..., :2]), "v must have shape (N, K=3, D=4)", "(2, 3, 2)"),
     "queue size": (lambda: Queue(0, 3, 4), "size must be", "got 0"),
     "weights": (lambda: PrototypeSum(3, 4).add(v, torch.ones(2, 2)), "assignment must have shape (N=2, K=3)", "(2, 2)"),
+    "no negatives": (lambda: objective(f, v, g, mu, omega, queue[:0]), "V must be", "got 0"),
+    "no images": (lambda: objective(f[:0], v[:0], g[:0], mu, omega, queue), "N must be", "got 0"),
     "previous": (lambda: PrototypeSum(3, 4).prototypes(mu[:2]), "previous must have shape (K=3, D=4)", "(2, 4)"),
     "log_q shape": (lambda: elbo(f[..., 0], f[..., 0], f[0]), "log_q must have shape (N=2, K=3)", "(3, 4)"),
     "log_p shape": (lambda: log_posterior(f[..., 0], f[0]), "log_p must have shape (N=2, K=3)", "(3, 4)"),

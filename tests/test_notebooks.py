@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import json
 import math
 import os
 import re
@@ -88,7 +89,7 @@ def test_cells_are_short_and_imports_stand_alone(path):
         tree = syntax(cell)
         imports = [s for s in tree.body if isinstance(s, (ast.Import, ast.ImportFrom))]
         names = [alias.name for s in ast.walk(tree) if isinstance(s, ast.ImportFrom) for alias in s.names]
-        if len(lines) > limit:
+        if len(lines) > limit and "parameters" not in cell.metadata.get("tags", []):  # one line for each parameter
             found.append(f"code cell {i} ({cell.id}): {len(lines)} lines, at most {limit}")
         if imports and len(imports) != len(tree.body):
             found.append(f"code cell {i} ({cell.id}): imports beside other code; the site would not run them")
@@ -108,7 +109,7 @@ def test_opens_with_title_and_one_sentence(path):
 
 @every
 def test_ids_are_present_and_unique(path):
-    ids = [cell.get("id") for cell in nbformat.read(path, as_version=nbformat.NO_CONVERT).cells]
+    ids = [cell.get("id") for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]  # nbformat would mend them
     assert all(ids) and len(set(ids)) == len(ids), sorted(i or "missing" for i in ids)
 
 
@@ -118,8 +119,9 @@ def test_outputs_carry_no_error_no_machine_and_no_weight(path):
     for i, cell in enumerate(read(path).cells):
         outputs = cell.get("outputs", [])
         data = [item for o in outputs for item in o.get("data", {}).items()]
-        said = [cell.source, *(o.get("text", "") for o in outputs), *(str(x) for kind, x in data if kind[:5] != "image")]
-        found += [f"cell {i} ({cell.id}): path of a machine: {path}" for text in said for path in MACHINE.findall(text)]
+        said = [cell.source, *(o.get("text", "") for o in outputs)]
+        said += [str(content) for kind, content in data if not kind.startswith("image/")]
+        found += [f"cell {i} ({cell.id}): path of a machine: {m}" for text in said for m in MACHINE.findall(text)]
         found += [f"cell {i} ({cell.id}): stored error {o.ename}" for o in outputs if o.output_type == "error"]
         sizes = [len(base64.b64decode(png)) for png in (pictures(cell) if outputs else [])]
         found += [f"cell {i} ({cell.id}): a figure of {n} bytes, at most 100 kB" for n in sizes if n > 100_000]

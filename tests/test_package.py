@@ -2,15 +2,13 @@
 
 import importlib.metadata
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
-from conftest import NOT_SOURCES
-from house import ROOT, modules, run, settings
+from house import copy_sources, modules, run, settings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -19,7 +17,7 @@ from packaging.utils import canonicalize_name
 def wheel(tmp_path_factory) -> Path:
     "The wheel of the project, built from a copy of its sources."
     folder = tmp_path_factory.mktemp("wheel")
-    copy = shutil.copytree(ROOT, folder / "mice", symlinks=True, ignore=NOT_SOURCES)
+    copy = copy_sources(folder / "mice")
     pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index")
     run(*pip, "--wheel-dir", folder, copy)
     (built,) = folder.glob("*.whl")

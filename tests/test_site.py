@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from functools import cache
@@ -11,8 +10,7 @@ from urllib.parse import unquote
 
 import pypandoc
 import pytest
-from conftest import NOT_SOURCES
-from house import NBS, ROOT, in_site, notebooks, run, settings
+from house import NBS, ROOT, copy_sources, in_site, notebooks, run, settings
 
 PROCESS = "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True)"
 # What pandoc forgives and KaTeX or JupyterLab does not.
@@ -25,7 +23,7 @@ FOREIGN = re.compile(
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> Path:
     "The notebooks as Quarto would get them: docstrings shown, hidden cells gone, names linked."
-    copy = shutil.copytree(ROOT, tmp_path_factory.mktemp("site") / "mice", symlinks=True, ignore=NOT_SOURCES)
+    copy = copy_sources(tmp_path_factory.mktemp("site") / "mice")
     run(sys.executable, "-c", PROCESS, cwd=copy)
     return copy / "_proc"
 
