@@ -20,7 +20,7 @@ test: .venv/.ready ## run everything: notebooks, mathematics, package, site
 
 notebooks: .venv/.ready ## execute all notebooks in place, export, clean, write README.md
 	$(BIN)/nbdev_export
-	env -u MPLBACKEND $(BIN)/jupyter-nbconvert --to notebook --execute --inplace nbs/[0-9i]*.ipynb
+	env -u MPLBACKEND $(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.coalesce_streams=True nbs/[0-9i]*.ipynb
 	$(BIN)/nbdev_clean
 	$(BIN)/python tests/readme.py
 

@@ -17,7 +17,7 @@ import yaml
 from .core import config_from, require
 from .ledger import find_root, run_name
 
-# %% ../nbs/17_cli.ipynb #adea6aed
+# %% ../nbs/17_cli.ipynb #a951c71d
 def number(
     text: str,  # what stands behind the equals sign
 ) -> object:
@@ -27,7 +27,7 @@ def number(
     except ValueError:
         return yaml.safe_load(text)
 
-
+# %% ../nbs/17_cli.ipynb #b1c8064e
 def experiment(
     name: str,  # of a YAML file in nbs/reproduction, such as 'digits'
     sets: tuple = (),  # 'name=value' strings; the value is read as YAML
@@ -91,13 +91,13 @@ def guarded(
         click.echo(f"mice: {getattr(error, 'evalue', error)}", err=True)
         sys.exit(EXIT_CODES[kind])
 
-# %% ../nbs/17_cli.ipynb #73ef7ba6
+# %% ../nbs/17_cli.ipynb #de45a588
 @click.group(context_settings=dict(help_option_names=["-h", "--help"]))
 @click.version_option(package_name="mice")
 def main():
     "MiCE: unsupervised image clustering by a mixture of contrastive experts."
 
-
+# %% ../nbs/17_cli.ipynb #0be705f7
 @main.command("reproduce")
 @click.argument("name")
 @click.option("--seed", type=int, help="Seed of everything random.")

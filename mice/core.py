@@ -72,7 +72,7 @@ def generator(
     "A fresh random generator seeded by `key(*parts)`: nothing global, nothing to save."
     return torch.Generator(device).manual_seed(key(*parts))
 
-# %% ../nbs/00_notation.ipynb #e3489bb7
+# %% ../nbs/00_notation.ipynb #92268693
 class Toy(NamedTuple):
     "Unit vectors one can see: N images of K clusters on a circle."
     f: Tensor  # (N, K, D) student
@@ -83,6 +83,7 @@ class Toy(NamedTuple):
     queue: Tensor  # (V, K, D) earlier teacher embeddings
     z: Tensor  # (N,) the cluster each image was made from
 
+# %% ../nbs/00_notation.ipynb #27e31779
 def toy(
     N: int = 6,  # images
     K: int = 3,  # clusters
@@ -159,7 +160,7 @@ def require(
     if not holds:
         raise ValueError(message)
 
-# %% ../nbs/00_notation.ipynb #9eae816f
+# %% ../nbs/00_notation.ipynb #97231e06
 @dataclass(frozen=True)
 class Config(TrainingConfig, ModelConfig):
     "Everything a run depends on besides the images; wrong types, names and values raise ValueError."
@@ -177,6 +178,7 @@ class Config(TrainingConfig, ModelConfig):
         require(min(self.momentum, self.weight_decay, self.warmup, self.seed) >= 0, "momentum, weight_decay, warmup and seed must not be negative")
         require(all(a < b for a, b in zip(edges, edges[1:])), f"milestones must rise between 0 and 1, got {self.milestones}")
 
+# %% ../nbs/00_notation.ipynb #8215c38d
 def config_from(
     values: dict,  # name -> value, from YAML, a command line or a notebook's parameter cell
 ) -> Config:

@@ -23,7 +23,7 @@ def log_phi(
     check_positive(tau=tau)
     return torch.einsum("nkd,nkd->nk", v, f + unit(mu)) / tau
 
-# %% ../nbs/02_experts.ipynb #4418863e
+# %% ../nbs/02_experts.ipynb #4cdf05b4
 def log_partition(
     f: Tensor,  # (N, K, D) unit rows, student
     bank: Tensor,  # (M, K, D) unit rows, the teacher's embeddings of all M images
@@ -32,5 +32,5 @@ def log_partition(
 ) -> Tensor:  # (N, K) log Z
     "Exact normaliser, a sum over every image of the dataset: $\\log Z(x_n, k)$, Eq. (5)."
     check_shapes("f:NKD bank:MKD mu:KD", f, bank, mu)
-    check_positive(tau=tau)
+    check_positive(tau=tau, M=len(bank))
     return torch.einsum("nkd,mkd->nkm", f + unit(mu), bank).div(tau).logsumexp(-1)

@@ -147,7 +147,7 @@ def train_epoch(
     rate = len(order) * cfg.batch_size / (time.perf_counter() - started)
     return Epoch(epoch, loss, lr, model.sums.counts.int().tolist(), rate)
 
-# %% ../nbs/11_training.ipynb #111fdeb0
+# %% ../nbs/11_training.ipynb #5f8e51aa
 def fit(
     images: np.ndarray,  # (M, H, W[, C]) uint8; labels have no way in
     cfg: Config,
@@ -168,7 +168,7 @@ def fit(
             done = train_epoch(model, optimizer, data, cfg, epoch)
             history.append(done)
             on_epoch(model, done)
-            bar.set_postfix_str(f"loss {done.loss:.3f}, ELBO {-done.loss:.3f} in [{-high:.2f}, {-low:.2f}], {done.images_per_second:.0f} images/s")
+            bar.set_postfix_str(f"loss {done.loss:.3f}, ELBO {-done.loss:.3f} in [{-high:.2f}, {-low:.2f}], {done.images_per_second:.0f} images/s", refresh=False)
             bar.update()
     return model.eval(), history
 

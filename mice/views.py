@@ -43,7 +43,7 @@ def affine_maps(
     shape = torch.stack([scale * aspect, shear, torch.zeros_like(shear), scale / aspect], -1).view(N, 2, 2)
     return torch.cat([rotation @ shape, shift[..., None]], -1)
 
-# %% ../nbs/09_views.ipynb #901076ec
+# %% ../nbs/09_views.ipynb #21d668b6
 def warp(
     x: Tensor,  # (N, C, H, W) images
     maps: Tensor,  # (N, 2, 3) from the view's pixels to the image's
@@ -51,7 +51,7 @@ def warp(
     "Each image seen through its own affine map."
     return grid_sample(x, affine_grid(maps, x.shape, align_corners=False), align_corners=False)
 
-
+# %% ../nbs/09_views.ipynb #0555e197
 def augment(
     images: Tensor,  # (N, H, W, C) uint8
     *parts: int | str,  # what the randomness belongs to, such as (seed, 'view 1', epoch, step)
@@ -66,7 +66,7 @@ def augment(
     noise = torch.randn(x.shape, generator=rng, device=x.device) * strength.noise
     return x * light + noise
 
-# %% ../nbs/09_views.ipynb #1fe59ecf
+# %% ../nbs/09_views.ipynb #59b1453b
 def channel_stats(
     images: np.ndarray,  # (M, H, W, C) uint8
 ) -> tuple[Tensor, Tensor]:  # mean and standard deviation of each channel, (C,) each, of the range [0, 1]
@@ -78,7 +78,7 @@ def channel_stats(
     std = ((share * (level - mean[:, None]) ** 2).sum(-1)).sqrt()
     return mean.float(), torch.where(std > 0, std, 1).float()
 
-
+# %% ../nbs/09_views.ipynb #5d89c170
 def standardise(
     x: Tensor,  # (N, C, H, W) of the range [0, 1]
     mean: Tensor,  # (C,)
