@@ -67,7 +67,7 @@ def loss_panel(
         where = dict(transform=ax.get_xaxis_transform(), rotation=90, ha="right", va="center")
         ax.text(epoch[drop], 0.5, f"lr {lr[drop]:g}", color="0.5", **where)
 
-# %% ../nbs/16_figures.ipynb #bca2de3a
+# %% ../nbs/16_figures.ipynb #4966ba55
 def share_panel(
     ax,  # matplotlib axes
     history: list[dict],  # one per epoch: epoch, sizes
@@ -79,9 +79,9 @@ def share_panel(
     for cluster, line in enumerate(share.T):
         ax.plot(epoch, line, color=CLUSTERS[cluster % 20], marker="." if len(history) < 30 else None)
     ax.axhline(1 / k, ls="--", lw=1, color="0.5", zorder=0)
-    for cluster in {int(share[-1].argmax()), int(share[-1].argmin())}:
+    for cluster, side in ((int(share[-1].argmax()), "bottom"), (int(share[-1].argmin()), "top")):
         place = epoch[-1], share[-1, cluster]
-        ax.annotate(f"cluster {cluster}", place, (5, 0), textcoords="offset points", va="center", color="0.3")
+        ax.annotate(f"cluster {cluster}", place, (5, 0), textcoords="offset points", va=side, color="0.3")
 
 # %% ../nbs/16_figures.ipynb #930ed2c0
 def curves(
