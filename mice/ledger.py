@@ -54,7 +54,7 @@ def environment(
     versions = {package: version(package) for package in PACKAGES}
     return dict(python=platform.python_version(), **versions, device=name, machine=platform.machine(), threads=torch.get_num_threads())
 
-# %% ../nbs/13a_ledger.ipynb #b865467e
+# %% ../nbs/13a_ledger.ipynb #1bfbd50b
 def git(
     root: str | Path,  # folder of the repository
     *words: str,  # the command, such as 'rev-parse', 'HEAD'
@@ -71,7 +71,7 @@ def commit(
     try:
         root = Path(root or find_root(importlib.util.find_spec("mice").origin))
         require((root / ".git").exists(), "expected a git repository, got a plain folder")
-        changed = git(root, "status", "--porcelain", "--untracked-files=no")
+        changed = git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
         return git(root, "rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
