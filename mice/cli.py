@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXIT_CODES', 'number', 'experiment', 'reproduce', 'result_line', 'guarded', 'main', 'reproduce_command']
 
-# %% ../nbs/17_cli.ipynb #6adb8e61
+# %% ../nbs/17_cli.ipynb #0fb49ba1
 import json, os, sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,7 +15,7 @@ import click
 import yaml
 
 from .core import config_from, require
-from .ledger import find_root, run_name
+from .ledger import find_root, row_path, run_name
 
 # %% ../nbs/17_cli.ipynb #a951c71d
 def number(
@@ -47,7 +47,7 @@ def experiment(
     config_from(values)
     return values
 
-# %% ../nbs/17_cli.ipynb #549ba880
+# %% ../nbs/17_cli.ipynb #f952d829
 def reproduce(
     values: dict,  # parameter -> value, as from `experiment`
     out: Path,  # folder for the executed notebook, figures, labels and ledger
@@ -56,14 +56,14 @@ def reproduce(
     import papermill
 
     source = find_root() / "nbs" / "reproduction" / "reproduce.ipynb"
-    name = run_name(asdict(config_from(values)), "mice")
-    executed = out / "notebooks" / f"{name}.ipynb"
+    config = asdict(config_from(values))
+    executed = out / "notebooks" / f"{run_name(config, 'mice')}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(
         str(source), str(executed), parameters={**values, "out": str(out)}, kernel_name="python3",
         progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )
-    return json.loads((out / "ledger" / f"{name}.json").read_text()), executed
+    return json.loads(row_path(config, "mice", out).read_text()), executed
 
 # %% ../nbs/17_cli.ipynb #43a7bec8
 def result_line(

@@ -160,7 +160,7 @@ def require(
     if not holds:
         raise ValueError(message)
 
-# %% ../nbs/00_notation.ipynb #97231e06
+# %% ../nbs/00_notation.ipynb #8fb4a89f
 @dataclass(frozen=True)
 class Config(TrainingConfig, ModelConfig):
     "Everything a run depends on besides the images; wrong types, names and values raise ValueError."
@@ -168,8 +168,8 @@ class Config(TrainingConfig, ModelConfig):
     def __post_init__(self):
         for name, value in asdict(self).items():
             object.__setattr__(self, name, typed(name, value, getattr(Config, name)))
-        for name in "dim tau kappa nu lr image_size epochs batch_size lr_drop threads".split():
-            check_positive(**{name: getattr(self, name)})
+        positive = "dim tau kappa nu lr image_size epochs batch_size lr_drop threads".split()
+        check_positive(**{name: getattr(self, name) for name in positive})
         K, D, edges = self.n_clusters, self.dim, (0, *self.milestones, 1)
         require(K >= 2, f"n_clusters must be at least 2, a mixture has two experts or more, got {K}")
         require(self.omega_start in ("simplex", "uniform"), f"omega_start must be 'simplex' or 'uniform', got {self.omega_start!r}")

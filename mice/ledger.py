@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'ROW', 'find_root', 'sha256', 'environment', 'git', 'commit', 'short_hash', 'settings_hash', 'run_name',
-           'check_number', 'check_metrics', 'check_row', 'write_row', 'read_rows', 'describe', 'summarise']
+           'check_number', 'check_metrics', 'check_row', 'row_path', 'write_row', 'read_rows', 'describe', 'summarise']
 
 # %% ../nbs/13a_ledger.ipynb #0edde5da
 import hashlib, importlib.util, json, math, os, platform, re, statistics, subprocess
@@ -148,16 +148,24 @@ def check_row(
     require(row["config"].get("seed") == row["seed"], f"seed must be that of config, {row['config'].get('seed')}, got {row['seed']}")
     require(datetime.fromisoformat(row["finished"]).utcoffset() == timedelta(0), f"finished must be a time in UTC, got {row['finished']!r}")
 
-# %% ../nbs/13a_ledger.ipynb #dbd528fe
+# %% ../nbs/13a_ledger.ipynb #d1c33407
+def row_path(
+    config: dict,  # name -> value, all parameters of the run
+    method: str,  # such as 'mice'
+    out: str | Path,  # folder of the results; rows go to its subfolder 'ledger'
+) -> Path:
+    "Where the row of a run lies, or will lie."
+    return Path(out) / "ledger" / f"{run_name(config, method)}.json"
+
+# %% ../nbs/13a_ledger.ipynb #16329dbe
 def write_row(
     row: dict,  # the keys of `ROW`, and any others JSON can write
     out: str | Path,  # folder of the results; rows go to its subfolder 'ledger'
 ) -> Path:  # the file
     "Record a finished run; a row of the same name is replaced in one step, never half written."
     check_row(row)
-    folder = Path(out) / "ledger"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{run_name(row['config'], row['method'])}.json"
+    path = row_path(row["config"], row["method"], out)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
