@@ -20,13 +20,16 @@ LAYERS = [
     "normalizer",
     "elbo",
     "encoders views data metrics ledger checkpoints",
-    "training two_stage figures",
+    "folders figures",
+    "datasets training",
+    "two_stage official",
+    "methods results",
     "estimator",
     "cli",
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer.split()}
 MATHEMATICS = "core gating experts estep mstep normalizer elbo".split()
-DRAWS = {"cli", "estimator"}  # besides notebooks, only these import figures
+DRAWS = {"cli", "estimator", "results"}  # besides notebooks, only these import figures
 
 
 def contents(folder) -> dict:
