@@ -132,7 +132,7 @@ class DataConfig:
     image_size: int = 32  # side of the square images, pixels
     views: str = "colour"  # 'colour' for photographs, as in the released code; 'affine' for handwriting
 
-# %% ../nbs/00_notation.ipynb #505d9200
+# %% ../nbs/00_notation.ipynb #7e494533
 @dataclass(frozen=True)
 class TrainingConfig:
     "How the model is trained, and where."
@@ -150,6 +150,7 @@ class TrainingConfig:
     seed: int = 0  # of everything random
     device: str = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', ...
     threads: int = 1  # CPU threads; more than there are idle cores is far slower
+    checkpoint: float = 60.0  # seconds at least between two checkpoints
 
 # %% ../nbs/00_notation.ipynb #f95e4c9f
 def typed(
@@ -183,7 +184,7 @@ CHOICES = dict(
     views=("colour", "affine"),
 )
 
-# %% ../nbs/00_notation.ipynb #543f6bc6
+# %% ../nbs/00_notation.ipynb #403c95bf
 @dataclass(frozen=True)
 class Config(TrainingConfig, DataConfig, ModelConfig):
     "Everything a run depends on besides the images; wrong types, names and values raise ValueError."
@@ -194,7 +195,7 @@ class Config(TrainingConfig, DataConfig, ModelConfig):
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        positive = "dim tau kappa nu lr image_size epochs batch_size lr_drop threads restarts".split()
+        positive = "dim tau kappa nu lr image_size epochs batch_size lr_drop threads restarts checkpoint".split()
         check_positive(**{name: getattr(self, name) for name in positive})
         K, D, edges = self.n_clusters, self.dim, (0, *self.milestones, 1)
         require(K >= 2, f"n_clusters must be at least 2, a mixture has two experts or more, got {K}")

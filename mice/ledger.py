@@ -87,7 +87,7 @@ def commit(
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
 
-# %% ../nbs/13a_ledger.ipynb #09b5e0ec
+# %% ../nbs/13a_ledger.ipynb #1cc5e8de
 def short_hash(
     values: object,  # dictionaries, lists and scalars, anything JSON can write
 ) -> str:  # 8 hex digits
@@ -99,7 +99,7 @@ def settings_hash(
     method: str,  # such as 'mice'
 ) -> str:  # 8 hex digits that all seeds of one experiment share, on any machine
     "Hash of everything that decides a result apart from the seed."
-    decisive = {name: value for name, value in config.items() if name not in ("seed", "device", "threads", "data", "download")}
+    decisive = {name: value for name, value in config.items() if name not in ("seed", "device", "threads", "data", "download", "checkpoint")}
     return short_hash([method, decisive | {"dataset": Path(config["dataset"]).name}])
 
 def run_name(

@@ -6,11 +6,11 @@
 __all__ = ['QUOTED', 'RUN_HERE', 'PAPER', 'SCORES', 'ABLATIONS', 'SWITCHES', 'NEUTRAL', 'TRAINED', 'DECISIVE', 'NOT_RUN',
            'METHODS', 'NAMES', 'COLUMNS', 'CHANGES', 'PRICES', 'PAPER_MAPS', 'HEADINGS', 'quoted', 'complete',
            'variant', 'Group', 'spread', 'groups', 'objection', 'departures', 'representative', 'Live', 'live',
-           'mean_std', 'fold', 'sources', 'once', 'as_text', 'as_html', 'live_lines', 'table1', 'narrow', 'title',
-           'of_epochs', 'paper_acc', 'run_line', 'framed', 'run_table', 'blocks', 'ablation_line', 'ablation_table',
-           'cost_line', 'cost_table', 'chance_line', 'ablation_dots', 'ablation_figure', 'shown', 'thin_and_mean',
-           'stage_panel', 'learning_figure', 'map_run', 'map_caption', 'sentence', 'standing', 'named_rows', 'tables',
-           'text']
+           'mean_std', 'fold', 'sources', 'once', 'as_text', 'row_link', 'source_item', 'as_html', 'number',
+           'live_lines', 'table1', 'narrow', 'title', 'of_epochs', 'paper_acc', 'run_line', 'framed', 'run_table',
+           'blocks', 'ablation_line', 'ablation_table', 'cost_line', 'cost_table', 'chance_line', 'ablation_dots',
+           'ablation_figure', 'shown', 'thin_and_mean', 'stage_panel', 'learning_figure', 'map_run', 'map_caption',
+           'sentence', 'standing', 'named_rows', 'tables', 'text']
 
 # %% ../nbs/18_results.ipynb #eaa771d4
 import html, io, re, textwrap
@@ -88,9 +88,9 @@ ABLATIONS = dict(  # variant: (what is changed, the paper's ACC on CIFAR-100-20)
     released=("as the released code", "-"),
 )
 
-# %% ../nbs/18_results.ipynb #4991263d
+# %% ../nbs/18_results.ipynb #8efc8165
 SWITCHES = dict(a=("mu_closed_form", False), b=("mu_gradient", False), c=("omega_start", "uniform"), d=("omega_gradient", True))
-NEUTRAL = ("seed", "device", "threads", "data", "download")  # where and how often, not what
+NEUTRAL = ("seed", "device", "threads", "data", "download", "checkpoint")  # where and how often, not what
 
 
 def complete(
@@ -165,7 +165,7 @@ def groups(
     sort = lambda rows: sorted(rows, key=lambda row: row["seed"])
     return [Group(*key, complete(rows[0]["config"] | dict(method=rows[0]["method"])), sort(rows)) for key, rows in sorted(found.items())]
 
-# %% ../nbs/18_results.ipynb #b2f016e9
+# %% ../nbs/18_results.ipynb #813d41ed
 def objection(
     settings: dict,  # as from `complete`
 ) -> str:  # empty if the run may stand in the paper's column
@@ -175,7 +175,7 @@ def objection(
     K = PAPER.n_clusters[settings["dataset"]]
     reasons = {
         f"{settings['subset']:,} images": settings["subset"] > 0,
-        "judged on test": settings["split"] == "test",
+        "test split": settings["split"] == "test",
         f"K = {settings['n_clusters']}": settings["n_clusters"] != K,
     }
     return ", ".join(reason for reason, holds in reasons.items() if holds)
@@ -278,48 +278,76 @@ def as_text(
     behind = [f"  {fold(rows)}" for rows in sources(table)]
     return "\n".join([*shown, "Made from these rows of the ledger:" if behind else "No rows of the ledger.", *behind])
 
-# %% ../nbs/18_results.ipynb #1658dae1
+# %% ../nbs/18_results.ipynb #bf77f70f
+def row_link(
+    name: str,  # of a row
+    words: str,  # what the link shows
+    ledger: str,  # folder of the rows, as seen from the page
+) -> str:
+    "A link to a file of the ledger."
+    return f'<a href="{html.escape(f"{ledger}/{name}.json")}">{html.escape(words)}</a>'
+
+
+def source_item(
+    rows: tuple,  # names
+    anchor: str,  # of the list item
+    ledger: str,  # folder of the rows, as seen from the page
+) -> str:
+    "The rows behind a cell: their common name, and a link for each seed."
+    seeds = ", ".join(row_link(row, re.search(r"-seed(\d+)-", row)[1], ledger) for row in rows)
+    return f'<li id="{anchor}">{html.escape(re.sub("-seed([{].*?[}]|[0-9]+)", "", fold(rows)))}: seed {seeds}</li>'
+
+# %% ../nbs/18_results.ipynb #966cc444
 def as_html(
     table: pd.DataFrame,  # one of the tables below
     name: str,  # of the table, unique on its page
     ledger: str = "../../results/ledger",  # folder of the rows, as seen from the page
 ) -> str:
     "A table for a page: live cells link to their rows, which are listed below it."
-    behind, link = sources(table), lambda to, text: f'<a href="{html.escape(to)}">{html.escape(text)}</a>'
-    file = lambda row, text: link(f"{ledger}/{row}.json", text)
+    behind = sources(table)
     def cell(text):
         if not isinstance(text, Live):
             return f'<span style="color:#777">{html.escape(str(text))}</span>'
-        if len(text.rows) < 2:
-            return file(text.rows[0], text) if text.rows else f"<em>{text}</em>"
-        return link(f"#{name}-{behind.index(text.rows)}", text)
-    seed = lambda row: re.search(r"-seed(\d+)-", row)[1]
-    listed = lambda rows: f"{html.escape(re.sub('-seed[{].*?[}]', '', fold(rows)))}: seed " + ", ".join(file(row, seed(row)) for row in rows)
-    items = [f'<li id="{name}-{i}">{listed(rows) if len(rows) > 1 else file(rows[0], rows[0])}</li>' for i, rows in enumerate(behind)]
-    shown = table.map(cell).to_html(escape=False, border=0, sparsify=True)
-    return f'{shown}\n<p>Rows of the ledger behind this table{":" if items else ": none."}</p>\n<ul>{"".join(items)}</ul>'
+        if not text.rows:
+            return f"<em>{text}</em>"
+        anchor = f'<a href="#{name}-{behind.index(text.rows)}">{html.escape(text)}</a>'
+        return anchor if len(text.rows) > 1 else row_link(text.rows[0], text, ledger)
+    items = "".join(source_item(rows, f"{name}-{i}", ledger) for i, rows in enumerate(behind))
+    shown = table.map(cell).to_html(escape=False, border=0).replace("<table", '<table style="white-space: nowrap"', 1)
+    return f'<div style="overflow-x: auto">{shown}</div>\n<p>Rows of the ledger behind this table{":" if items else ": none."}</p>\n<ul>{items}</ul>'
 
-# %% ../nbs/18_results.ipynb #39129385
+# %% ../nbs/18_results.ipynb #e1df6025
 METHODS = {"k-means": "kmeans", "MoCo†": "two_stage", "MiCE": "full"}  # name in Table 1: variant
 
 
+def number(
+    value: float | None,  # in per cent
+    otherwise: str,  # shown in place of None
+    form: str = ".1f",  # as in f-strings
+) -> str:
+    "A number as text, or why there is none."
+    return otherwise if value is None else format(value, form)
+
+# %% ../nbs/18_results.ipynb #17950b27
 def live_lines(
     group: Group | None,  # the runs that stand for a method on a dataset
     quoted_means: list[str],  # the paper's three means there
 ) -> dict:  # line -> three cells
     "Our lines for one method and one dataset."
-    show = lambda value, otherwise, form="{:.1f}": otherwise if value is None else form.format(value)
     lines = defaultdict(list)
     for score, paper in zip(SCORES, quoted_means):
         mean, std, best = group.best_of(score) if group else (None, None, None)
-        texts = show(mean, "unknown"), show(std, "n = 1"), show(best, "unknown"), show(mean and mean - float(paper), "unknown", "{:+.1f}")
-        for line, text in zip(("live mean", "live std", "live best", "live - quoted"), texts):
+        gap = None if mean is None else mean - float(paper)
+        texts = {
+            "live mean": number(mean, "unknown"), "live std": number(std, "n = 1"), "live best": number(best, "unknown"),
+            "live - quoted": number(gap, "unknown", "+.1f"),
+            "live n": str(len(group.rows)) if group else "", "live epochs": str(group.settings["epochs"]) if group else "",
+        }
+        for line, text in texts.items():
             lines[line].append(live(text, group))
-        lines["live n"].append(live(str(len(group.rows) if group else 0), group))
-        lines["live epochs"].append(live(str(group.settings["epochs"] if group else 0), group))
     return lines
 
-# %% ../nbs/18_results.ipynb #820cdf9e
+# %% ../nbs/18_results.ipynb #101a43ec
 def table1(
     rows: list[dict],  # of a ledger
 ) -> pd.DataFrame:  # (method, line) x (dataset, score): text, live cells of type `Live`
@@ -336,7 +364,7 @@ def table1(
     index = pd.MultiIndex.from_tuples(lines, names=paper.index.names)
     return pd.DataFrame(list(lines.values()), index, paper.columns, dtype=object)
 
-
+# %% ../nbs/18_results.ipynb #98f15810
 def narrow(
     table: pd.DataFrame,  # Table 1
 ) -> pd.DataFrame:  # with one level of labels
@@ -344,8 +372,8 @@ def narrow(
     label = lambda method, line: f"  {line}" if line.startswith("live") else f"{method} {line}".removesuffix(" quoted")
     return table.set_axis([label(*parts) for parts in table.index])
 
-# %% ../nbs/18_results.ipynb #94c50fca
-NAMES = dict(full="MiCE", two_stage="MoCo", kmeans="k-means on pixels")
+# %% ../nbs/18_results.ipynb #5c65ea1d
+NAMES = dict(full="MiCE", two_stage="MoCo", kmeans="k-means (pixels)")
 
 
 def title(
@@ -353,9 +381,9 @@ def title(
 ) -> str:
     "The method of a group in words."
     name = NAMES.get(group.variant, f"MiCE, {group.variant}")
-    return f"{name}, on {group.settings['features']}" if group.variant == "two_stage" else name
+    return f"{name} ({group.settings['features']})" if group.variant == "two_stage" else name
 
-
+# %% ../nbs/18_results.ipynb #0aaee141
 def of_epochs(
     group: Group,  # any runs
 ) -> str:  # such as '20 of 1000'; '-' where nothing is trained
@@ -395,7 +423,7 @@ def run_line(
     fair = "-" if group.dataset not in PAPER.index else f"no: {reason}" if reason else "yes"
     return [live(cell, group) for cell in (*start, *scores, *ends, fair)]
 
-# %% ../nbs/18_results.ipynb #9ce7ff4c
+# %% ../nbs/18_results.ipynb #32696345
 def framed(
     lines: list[tuple],  # (labels, cells) of each
     names: list[str],  # of the labels
@@ -405,7 +433,7 @@ def framed(
     labels, cells = zip(*lines)
     return pd.DataFrame(cells, pd.MultiIndex.from_tuples(labels, names=names), columns, dtype=object)
 
-
+# %% ../nbs/18_results.ipynb #68abba5d
 def run_table(
     rows: list[dict],  # of a ledger
     datasets: list[str],  # such as ['digits']
@@ -439,7 +467,7 @@ def blocks(
         return -len(block), -max(group.settings["epochs"] for group in block.values()), base
     return {base: ablated[base] for base in sorted(ablated, key=rank)}
 
-# %% ../nbs/18_results.ipynb #fde38c35
+# %% ../nbs/18_results.ipynb #232b8a00
 def ablation_line(
     name: str,  # of the variant
     group: Group | None,  # its runs
@@ -449,7 +477,7 @@ def ablation_line(
     n, epochs, nmi, acc, ari, best, _, fair = run_line(group)
     return [n, epochs, acc, best, nmi, ari, ABLATIONS[name][1] if dataset == "cifar100-20" else "-", fair]
 
-
+# %% ../nbs/18_results.ipynb #c00146dd
 def ablation_table(
     rows: list[dict],  # of a ledger
     dataset: str,  # such as 'cifar100-20'
@@ -459,7 +487,7 @@ def ablation_table(
     line = lambda base, block, name: ((base, name, ABLATIONS[name][0]), ablation_line(name, block.get(name), dataset))
     return framed([line(base[:4], block, name) for base, block in found.items() for name in ABLATIONS], ["base", "variant", "changed"], CHANGES)
 
-# %% ../nbs/18_results.ipynb #ae4f0870
+# %% ../nbs/18_results.ipynb #0c7c9e99
 PRICES = ["n", "epochs", "minutes", "images/s", "memory (GB)", "device", "h, paper's epochs"]
 
 
@@ -475,7 +503,7 @@ def cost_line(
     cells = str(len(group.rows)), of_epochs(group), f"{mean('seconds') / 60:.1f}", speed, f"{mean('peak_memory_bytes') / 1e9:.1f}", devices, hours
     return [live(cell, group) for cell in cells]
 
-
+# %% ../nbs/18_results.ipynb #bc73abfd
 def cost_table(
     rows: list[dict],  # of a ledger
 ) -> pd.DataFrame:  # (dataset, method, hash) x PRICES
@@ -527,7 +555,7 @@ def ablation_figure(
     ax.tick_params(axis="y", length=0)
     return fig
 
-# %% ../nbs/18_results.ipynb #4cc5302d
+# %% ../nbs/18_results.ipynb #168d3d24
 def shown(
     rows: list[dict],  # of a ledger
     dataset: str,  # such as 'digits'
@@ -538,7 +566,7 @@ def shown(
     most = lambda group: (len(group.rows), group.settings["epochs"], group.base)
     return representative(found) or max(found, key=most, default=None)
 
-
+# %% ../nbs/18_results.ipynb #074ceb19
 def thin_and_mean(
     ax,  # matplotlib axes
     x: list,  # along the horizontal axis
@@ -645,7 +673,7 @@ def standing(
             said += [f"{title(g)} on {PAPER.title[dataset]}, not comparable ({objection(g.settings)}): ACC {mean_std(g, 'acc')}." for g in unfair]
     return said + [f"{words}, not run as in the paper: {', '.join(datasets)}." for words, datasets in missing.items() if datasets]
 
-# %% ../nbs/18_results.ipynb #8511d9c8
+# %% ../nbs/18_results.ipynb #05f41482
 HEADINGS = {
     "table1": "Table 1 of the paper, in per cent. 'live' lines are ours, all others are quoted.",
     "runs": "All runs of the full model and the baselines, in per cent. Only what is fair may stand beside the paper.",
@@ -655,7 +683,7 @@ HEADINGS = {
     "costs": "What the runs cost, on average; the last column is a forecast from the measured speed.",
 }
 
-
+# %% ../nbs/18_results.ipynb #38b7a188
 def named_rows(
     out: str | Path,  # folder of the results
 ) -> list[dict]:  # each with its name
@@ -663,7 +691,7 @@ def named_rows(
     files = sorted((Path(out) / "ledger").glob("*.json"))
     return [row | dict(name=file.stem) for file, row in zip(files, read_rows(out), strict=True)]
 
-# %% ../nbs/18_results.ipynb #91e819b4
+# %% ../nbs/18_results.ipynb #5f931cf6
 def tables(
     out: str | Path,  # folder of the results
 ) -> dict[str, pd.DataFrame]:  # those of HEADINGS
@@ -679,7 +707,7 @@ def tables(
         "costs": cost_table(rows),
     }
 
-
+# %% ../nbs/18_results.ipynb #da72d730
 def text(
     out: str | Path,  # folder of the results
 ) -> str:  # at most 120 columns wide, but for names of many rows

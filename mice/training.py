@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'batches', 'MiCEModel', 'descend', 'draw_views', 'em_step', 'm_step', 'find_device', 'cpu_threads',
-           'Epoch', 'train_epoch', 'train', 'fit', 'Prediction', 'predict']
+           'Epoch', 'Run', 'begin', 'Watcher', 'train_epoch', 'train', 'fit', 'Prediction', 'predict']
 
-# %% ../nbs/11_training.ipynb #9835e236
+# %% ../nbs/11_training.ipynb #c6acdc17
 import math, time
 from copy import deepcopy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -157,7 +158,7 @@ def cpu_threads(
     finally:
         torch.set_num_threads(before)
 
-# %% ../nbs/11_training.ipynb #14c2aff8
+# %% ../nbs/11_training.ipynb #9484314d
 class Epoch(NamedTuple):
     "What one epoch did."
     epoch: int  # from 1
@@ -165,67 +166,105 @@ class Epoch(NamedTuple):
     lr: float  # learning rate
     sizes: list[int] | None  # images assigned to each cluster, if the method assigns any
     images_per_second: float
+    seconds: float  # it took
+
+# %% ../nbs/11_training.ipynb #18b9b7e6
+@dataclass
+class Run:
+    "A run under way."
+    cfg: Config
+    model: nn.Module  # with its mean, std and bounds
+    optimizer: torch.optim.Optimizer
+    epoch: int  # the one under way
+    step: int = 0  # steps of it that are done
+    losses: list[Tensor] = field(default_factory=list)  # () of each of these steps, nats
+    history: list[Epoch] = field(default_factory=list)  # the epochs that are done
 
 
-def train_epoch(
-    model: nn.Module,  # changed in place
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,  # (M, H, W, C) uint8, on the model's device
+def begin(
+    start: Callable[..., nn.Module],  # makes the model from cfg, mean and std, such as `MiCEModel`
+    images: np.ndarray,  # (M, H, W, C) uint8
     cfg: Config,
-    epoch: int,
+) -> Run:
+    "A run before its first step."
+    model = start(cfg, *channel_stats(images)).to(find_device(cfg.device), memory_format=torch.channels_last)
+    learns = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learns, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    return Run(cfg, model, optimizer, epoch=0 if cfg.released else 1)
+
+# %% ../nbs/11_training.ipynb #a764c22f
+class Watcher:
+    "Is told how a run goes, and does nothing about it."
+
+    def start(self, run: Run) -> None:
+        "Before the first step."
+
+    def after_step(self, run: Run) -> None:
+        "After every step."
+
+    def after_epoch(self, run: Run) -> None:
+        "After every epoch."
+
+# %% ../nbs/11_training.ipynb #a1f4772c
+def train_epoch(
+    run: Run,  # moved on to the next epoch
+    images: Tensor,  # (M, H, W, C) uint8, on the model's device
     step: Callable,  # what to do with a batch, such as `em_step`
     close: Callable,  # what to do when the epoch is over, such as `m_step`
+    watcher: Watcher = Watcher(),
 ) -> Epoch:
-    "One pass over the images."
-    started = time.perf_counter()
-    lr = optimizer.param_groups[0]["lr"] = learning_rate(cfg, epoch)
-    model.train()
-    order = list(batches(len(images), cfg, epoch))
-    losses = [step(model, optimizer, images[index.to(images.device)], cfg, epoch, i) for i, index in enumerate(order)]
-    loss = torch.stack(losses).mean().item()
+    "One pass over the images, or what is left of it."
+    cfg, started, order = run.cfg, time.perf_counter(), list(batches(len(images), run.cfg, run.epoch))[run.step :]
+    lr = run.optimizer.param_groups[0]["lr"] = learning_rate(cfg, run.epoch)
+    run.model.train()
+    for index in order:
+        run.losses.append(step(run.model, run.optimizer, images[index.to(images.device)], cfg, run.epoch, run.step))
+        run.step += 1
+        watcher.after_step(run)
+    loss = torch.stack(run.losses).mean().item()
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss became {loss} in epoch {epoch} at learning rate {lr:g}: lower lr, or lengthen warmup")
-    sizes = close(model, cfg)
-    return Epoch(epoch, loss, lr, sizes, len(order) * cfg.batch_size / (time.perf_counter() - started))
+        raise FloatingPointError(f"the loss became {loss} in epoch {run.epoch} at learning rate {lr:g}: lower lr, or lengthen warmup")
+    sizes, seconds = close(run.model, cfg), time.perf_counter() - started
+    done = Epoch(run.epoch, loss, lr, sizes, len(order) * cfg.batch_size / seconds, seconds)
+    run.epoch, run.step, run.losses, run.history = run.epoch + 1, 0, [], [*run.history, done]
+    return done
 
-# %% ../nbs/11_training.ipynb #b9c4a47f
+# %% ../nbs/11_training.ipynb #8296e430
 def train(
-    start: Callable[..., nn.Module],  # makes the model from cfg, mean and std, such as `MiCEModel`
+    start: Callable[..., nn.Module],  # as for `begin`
     step: Callable,  # as for `train_epoch`
     close: Callable,  # as for `train_epoch`
     images: np.ndarray,  # (M, H, W[, C]) uint8; labels have no way in
     cfg: Config,
     on_epoch: Callable[[nn.Module, Epoch], None] = lambda model, epoch: None,  # called after every epoch
     progress: bool = True,  # show a progress bar
+    watcher: Watcher = Watcher(),
 ) -> tuple[nn.Module, list[Epoch]]:  # the trained model, and its history
     "The loop over the epochs, whatever a step is."
     images = check_images(images)
     require(len(images) >= cfg.batch_size, f"at least one full batch is needed: batch_size is {cfg.batch_size}, got {len(images)} images")
-    device, history = find_device(cfg.device), []
-    model = start(cfg, *channel_stats(images)).to(device, memory_format=torch.channels_last)
-    learns = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(learns, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
-    data = torch.from_numpy(images).to(device)
-    first = 0 if cfg.released else 1
-    with cpu_threads(cfg.threads), tqdm(total=cfg.epochs + 1 - first, unit="epoch", disable=not progress, mininterval=1) as bar:
-        for epoch in range(first, cfg.epochs + 1):
-            done = train_epoch(model, optimizer, data, cfg, epoch, step, close)
-            history.append(done)
-            on_epoch(model, done)
-            low, high = model.bounds
+    run = begin(start, images, cfg)
+    watcher.start(run)
+    data, (low, high) = torch.from_numpy(images).to(run.model.mean.device), run.model.bounds
+    with cpu_threads(cfg.threads), tqdm(total=cfg.epochs, initial=run.epoch - 1, unit="epoch", disable=not progress, mininterval=1) as bar:
+        while run.epoch <= cfg.epochs:
+            done = train_epoch(run, data, step, close, watcher)
+            on_epoch(run.model, done)
             bar.set_postfix_str(f"loss {done.loss:.3f}, ELBO {-done.loss:.3f} in [{-high:.2f}, {-low:.2f}], {done.images_per_second:.0f} images/s", refresh=False)
-            bar.update()
-    return model.eval(), history
+            bar.update(done.epoch - bar.n)
+            watcher.after_epoch(run)
+    return run.model.eval(), run.history
 
-# %% ../nbs/11_training.ipynb #53d31d0d
+# %% ../nbs/11_training.ipynb #c1754d9f
 def fit(
     images: np.ndarray,  # (M, H, W[, C]) uint8; labels have no way in
     cfg: Config,
     on_epoch: Callable[[MiCEModel, Epoch], None] = lambda model, epoch: None,  # called after every epoch
     progress: bool = True,  # show a progress bar
+    watcher: Watcher = Watcher(),  # such as a `checkpoints.Keeper`
 ) -> tuple[MiCEModel, list[Epoch]]:  # the trained model, and its history
     "Train MiCE by EM."
-    return train(MiCEModel, em_step, m_step, images, cfg, on_epoch, progress)
+    return train(MiCEModel, em_step, m_step, images, cfg, on_epoch, progress, watcher)
 
 # %% ../nbs/11_training.ipynb #95747cc5
 class Prediction(NamedTuple):

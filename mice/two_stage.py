@@ -6,7 +6,7 @@
 __all__ = ['info_nce', 'MoCoModel', 'moco_step', 'fit_moco', 'features', 'assign', 'spread_starts', 'lloyd', 'KMeansResult',
            'spherical_kmeans']
 
-# %% ../nbs/14_two_stage.ipynb #89a66175
+# %% ../nbs/14_two_stage.ipynb #d4c3b287
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from .data import check_images
 from .elbo import QueueLogSumExp, loss_bounds
 from .encoders import HeadedTrunk, make_teacher
 from .normalizer import Queue, embeddings
-from .training import Epoch, descend, draw_views, train
+from .training import Epoch, Watcher, descend, draw_views, train
 from .views import plain, standardise
 
 # %% ../nbs/14_two_stage.ipynb #847b0788
@@ -56,7 +56,7 @@ class MoCoModel(nn.Module):
         self.register_buffer("std", std)
         self.bounds = loss_bounds(cfg.nu, 2 * cfg.tau)  # scores are at most 1 / tau, half of MiCE's
 
-# %% ../nbs/14_two_stage.ipynb #00d4622b
+# %% ../nbs/14_two_stage.ipynb #c174fa9e
 def moco_step(
     model: MoCoModel,  # changed in place
     optimizer: torch.optim.Optimizer,
@@ -80,9 +80,10 @@ def fit_moco(
     cfg: Config,
     on_epoch: Callable[[MoCoModel, Epoch], None] = lambda model, epoch: None,  # called after every epoch
     progress: bool = True,  # show a progress bar
+    watcher: Watcher = Watcher(),  # such as a `checkpoints.Keeper`
 ) -> tuple[MoCoModel, list[Epoch]]:  # the trained model, and its history
     "Train MoCo: embeddings without clusters."
-    return train(MoCoModel, moco_step, lambda model, cfg: None, images, cfg, on_epoch, progress)
+    return train(MoCoModel, moco_step, lambda model, cfg: None, images, cfg, on_epoch, progress, watcher)
 
 # %% ../nbs/14_two_stage.ipynb #c11034ac
 @torch.no_grad()

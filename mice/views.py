@@ -107,7 +107,7 @@ def crop_draws(
     left = torch.where(central, (W - width) // 2, (places[1] * (W - width + 1)).long())
     return top, left, height, width
 
-# %% ../nbs/09_views.ipynb #936fc5d7
+# %% ../nbs/09_views.ipynb #bdedea4c
 def crop_places(
     n: int,  # rows (or columns) of the view
     start: Tensor,  # (N,) first row of the crop
@@ -123,7 +123,7 @@ def crop_and_flip(
     draws: ColourDraws,
 ) -> Tensor:  # (N, C, H, W) bilinear
     "Each image's rectangle enlarged to the whole view, mirrored where `flip` says so."
-    N, C, H, W = x.shape
+    N, _, H, W = x.shape
     down, across = crop_places(H, draws.top, draws.height), crop_places(W, draws.left, draws.width)
     across = torch.where(draws.flip[:, None], across.flip(1), across)
     down, across = ((2 * down + 1) / H - 1)[:, :, None], ((2 * across + 1) / W - 1)[:, None]  # pixels -> [-1, 1]

@@ -70,6 +70,39 @@ def test_labels_of_the_run_give_its_accuracy(run):
         assert clustering_accuracy(load_digits().target, labels["clusters"]) == pytest.approx(row["metrics"]["acc"])
 
 
+@pytest.mark.parametrize("name, epochs", [("digits-two-stage", [1, 2]), ("digits-kmeans", []), ("digits-released", [0, 1, 2])])
+def test_other_methods_leave_a_row_of_their_own(name, epochs, tmp_path):
+    done = mice("reproduce", name, "--out", tmp_path, *sets(**TINY))
+    assert done.returncode == 0, done.stderr
+    (row,) = read_rows(tmp_path)
+    assert row["method"] == row["config"]["method"] == {"digits-two-stage": "two_stage", "digits-kmeans": "kmeans"}.get(name, "mice")
+    assert len(row["loss_curve"]) == len(epochs) and row["epochs"] == max(epochs, default=0)
+    assert row["stages"][str(row["epochs"])] == row["metrics"]["acc"]
+    assert set(row["other_features"]) == ({"teacher", "trunk"} if row["method"] == "two_stage" else set())
+    with np.load(next((tmp_path / "labels").glob("*.npz"))) as labels:
+        assert np.bincount(labels["clusters"], minlength=10).tolist() == row["diagnostics"]["sizes"]
+
+
+def test_fit_on_train_judge_on_test(tmp_path):
+    digits = load_digits()
+    images, test = np.rint(digits.images[:300] * 15).astype(np.uint8)[..., None], np.arange(300) >= 200
+    np.savez(tmp_path / "mine.npz", images=images, labels=digits.target[:300], test=test)
+    for method in ("mice", "two_stage", "kmeans"):
+        words = sets(**TINY, dataset=tmp_path / "mine.npz", split="test", method=method)
+        done = mice("reproduce", "digits", "--out", tmp_path / method, *words)
+        assert done.returncode == 0, done.stderr
+        (row,) = read_rows(tmp_path / method)
+        assert sum(row["diagnostics"]["sizes"]) == 100 and "200" in row["protocol"] and "100" in row["protocol"]
+
+
+def test_every_experiment_is_valid_and_says_what_it_is():
+    listed = mice("reproduce").stdout.strip().splitlines()
+    names = {path.stem for path in (ROOT / "nbs" / "reproduction").glob("*.yaml")}
+    assert {line.split()[0] for line in listed} == names and all(len(line.split()) > 3 for line in listed)
+    for name in names:
+        assert mice("reproduce", name, "--dry-run").returncode == 0, name
+
+
 def test_same_seed_same_bits_other_seed_not(run, tmp_path):
     _, out = run
     for seed in (3, 4):
@@ -90,7 +123,17 @@ def test_one_parameter_cell_equal_to_the_defaults():
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["digit"], "no experiment 'digit'"),
+        (["digit"], "no experiment 'digit': did you mean digits?"),
+        (["mnist"], "`mice reproduce` without a name lists them"),
+        (["digits", "--set", "views=grey"], "views must be one of colour, affine, got 'grey'"),
+        (["digits", "--set", "method=kmean"], "method must be one of mice, two_stage, kmeans, got 'kmean'"),
+        (["digits", "--set", "released=true"], "released needs mu_gradient = false"),
+        (["digits", "--set", "split=test"], "no known"),
+        (["digits", "--set", "subset=5000", "--set", "arch=small"], "subset must be at most"),
+        (["cifar10", "--data", "nowhere"], "--download"),
+        (["cifar100-20", "--data", "nowhere"], "--download"),
+        (["stl10", "--data", "nowhere"], "--download"),
+        (["imagenet-dogs", "--data", "nowhere"], "--data PATH"),
         (["digits", "--set", "epohcs=3"], "unknown parameter 'epohcs': did you mean 'epochs'?"),
         (["digits", "--set", "lr=fast"], "lr must be float, got 'fast'"),
         (["digits", "--set", "tau=-1"], "tau must be a finite number above 0"),
