@@ -56,7 +56,7 @@ def unpack(
     run.epoch, run.step = facts["epoch"], facts["step"]
     run.history = [Epoch(**epoch) for epoch in facts["history"]]
 
-# %% ../nbs/12_checkpoints.ipynb #f004663b
+# %% ../nbs/12_checkpoints.ipynb #50caadcd
 def sync_write(
     path: Path,
     content: bytes,
@@ -77,7 +77,7 @@ def sync_write(
     finally:
         os.close(folder)
 
-
+# %% ../nbs/12_checkpoints.ipynb #926521ed
 def canonical(
     facts: dict,
 ) -> bytes:  # JSON in which equal facts have equal bytes, with a digest of themselves
@@ -126,7 +126,7 @@ def read(
     except (ValueError, OSError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{manifest.name} is not a good checkpoint: {error}") from error
 
-# %% ../nbs/12_checkpoints.ipynb #887ccbde
+# %% ../nbs/12_checkpoints.ipynb #7ec7b1bb
 ELSEWHERE = ("device", "threads", "data", "download", "checkpoint")  # settings that may differ between a run and its continuation
 
 
@@ -135,7 +135,7 @@ def manifests(
 ) -> list[Path]:  # newest first
     return sorted(folder.glob("epoch*-step*.json"), reverse=True) if folder.is_dir() else []
 
-
+# %% ../nbs/12_checkpoints.ipynb #6191846c
 def check_same(
     facts: dict,  # of a checkpoint
     run: Run,
@@ -148,7 +148,7 @@ def check_same(
     changes += ["the images are others"] if facts["data"] != data else []
     require(not changes, f"the checkpoint is of another run: {'; '.join(changes)}; name another folder, or delete it")
 
-
+# %% ../nbs/12_checkpoints.ipynb #08d05e67
 def restore(
     run: Run,  # just begun; changed in place
     folder: Path,
@@ -185,7 +185,7 @@ def superfluous(
     last = {tenth(path): path for path in reversed(found)}
     return [path for path in found[2:] if last[tenth(path)] != path]
 
-# %% ../nbs/12_checkpoints.ipynb #40b913e2
+# %% ../nbs/12_checkpoints.ipynb #cc1d5ceb
 def write_or_say(
     folder: Path,  # of the checkpoints
     tensors: dict[str, Tensor],  # as for `write`
@@ -200,7 +200,7 @@ def write_or_say(
     except OSError as error:
         say(f"not saved, the previous checkpoint is kept: {error}")
 
-
+# %% ../nbs/12_checkpoints.ipynb #3ddbf6c8
 class Saver:
     "Copies a run at once and writes the copy in the background."
 

@@ -175,7 +175,7 @@ def results_command(out):
         click.echo(results.text(out))
     guarded(run)
 
-# %% ../nbs/17_cli.ipynb #ba18b9f9
+# %% ../nbs/17_cli.ipynb #15c46d39
 def evaluate_official(
     path: Path,  # a .pth file of the released code
     dataset: str,  # a name such as 'cifar10'; empty: what the file says
@@ -195,7 +195,7 @@ def evaluate_official(
     scores = "  ".join(f"{name.upper()} {value:.4f}" for name, value in evaluate(images.labels, clusters).items())
     return [*report(images, cfg), f"{path.name}  {scores}"], clusters
 
-
+# %% ../nbs/17_cli.ipynb #cd504c73
 @main.command("evaluate")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--dataset", default="", help="Such as cifar10.  [default: what the file says]")

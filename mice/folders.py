@@ -171,7 +171,7 @@ def content(
     except OSError:
         return "unreadable"
 
-# %% ../nbs/08a_folders.ipynb #692a0645
+# %% ../nbs/08a_folders.ipynb #7087ab27
 def fingerprint(
     folder: Path,
     names: list[str],  # paths from the folder
@@ -186,7 +186,7 @@ def fingerprint(
 
 
 def cache_folder() -> Path:
-    "$MICE_CACHE, or $XDG_CACHE_HOME/mice, or ~/.cache/mice; deleting it is always safe."
+    "MICE_CACHE, or XDG_CACHE_HOME/mice, or ~/.cache/mice; deleting it is always safe."
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get("MICE_CACHE") or Path(home) / "mice")
 

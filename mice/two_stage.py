@@ -56,7 +56,7 @@ class MoCoModel(nn.Module):
         self.register_buffer("std", std)
         self.bounds = loss_bounds(cfg.nu, 2 * cfg.tau)  # scores are at most 1 / tau, half of MiCE's
 
-# %% ../nbs/14_two_stage.ipynb #c174fa9e
+# %% ../nbs/14_two_stage.ipynb #92af0a28
 def moco_step(
     model: MoCoModel,  # changed in place
     optimizer: torch.optim.Optimizer,
@@ -74,7 +74,7 @@ def moco_step(
     descend(model, optimizer, loss, v, cfg)
     return loss.detach()
 
-
+# %% ../nbs/14_two_stage.ipynb #b652230c
 def fit_moco(
     images: np.ndarray,  # (M, H, W[, C]) uint8; labels have no way in
     cfg: Config,
