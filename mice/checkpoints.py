@@ -247,7 +247,7 @@ class Keeper(Saver, Watcher):
         if time.monotonic() - self.saved >= self.every:
             self.save(run)
 
-# %% ../nbs/12_checkpoints.ipynb #68e046ca
+# %% ../nbs/12_checkpoints.ipynb #66364171
 @contextmanager
 def listening(
     keeper: Keeper,
@@ -263,6 +263,10 @@ def listening(
     before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield keeper
+    except FloatingPointError as error:
+        keeper.wait()
+        good = next(iter(manifests(keeper.folder)), None)
+        raise FloatingPointError(f"{error}; last checkpoint: {good.stem if good else 'none yet'}") from None
     finally:
         keeper.wait()
         for number, handler in before.items():

@@ -6,7 +6,7 @@
 __all__ = ['learning_rate', 'batches', 'MiCEModel', 'descend', 'draw_views', 'em_step', 'm_step', 'find_device', 'cpu_threads',
            'Epoch', 'Run', 'begin', 'Watcher', 'train_epoch', 'train', 'fit', 'Prediction', 'predict']
 
-# %% ../nbs/11_training.ipynb #c6acdc17
+# %% ../nbs/11_training.ipynb #9d9bb246
 import math, time
 from copy import deepcopy
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from .core import Config, generator, require, unit
@@ -73,7 +74,7 @@ class MiCEModel(nn.Module):
         self.register_buffer("std", std)
         self.bounds = loss_bounds(cfg.nu, cfg.tau)  # smallest and largest possible loss
 
-# %% ../nbs/11_training.ipynb #87536b8a
+# %% ../nbs/11_training.ipynb #fa503121
 def descend(
     model: nn.Module,  # with student, teacher and queue; changed in place
     optimizer: torch.optim.Optimizer,
@@ -81,9 +82,12 @@ def descend(
     v: Tensor,  # (N, K, D) unit rows, teacher
     cfg: Config,
 ) -> None:
-    "One gradient step of the student; the teacher follows, the queue moves on."
+    "One gradient step of the student; the teacher follows, the queue moves on. NaN or infinity stops before anything moves."
     optimizer.zero_grad()
     loss.backward()
+    slope = get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
+    if not torch.isfinite(loss + slope):
+        raise FloatingPointError(f"the loss is {loss.item():.3g} and its gradient has length {slope.item():.3g}")
     optimizer.step()
     update_teacher(model.teacher, model.student, cfg.ema)
     model.queue.enqueue(v)
@@ -205,7 +209,7 @@ class Watcher:
     def after_epoch(self, run: Run) -> None:
         "After every epoch."
 
-# %% ../nbs/11_training.ipynb #a1f4772c
+# %% ../nbs/11_training.ipynb #05b061ac
 def train_epoch(
     run: Run,  # moved on to the next epoch
     images: Tensor,  # (M, H, W, C) uint8, on the model's device
@@ -218,12 +222,14 @@ def train_epoch(
     lr = run.optimizer.param_groups[0]["lr"] = learning_rate(cfg, run.epoch)
     run.model.train()
     for index in order:
-        run.losses.append(step(run.model, run.optimizer, images[index.to(images.device)], cfg, run.epoch, run.step))
+        try:
+            loss = step(run.model, run.optimizer, images[index.to(images.device)], cfg, run.epoch, run.step)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} in epoch {run.epoch}, step {run.step}, at learning rate {lr:g}: lower lr, or lengthen warmup") from None
+        run.losses.append(loss)
         run.step += 1
         watcher.after_step(run)
     loss = torch.stack(run.losses).mean().item()
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss became {loss} in epoch {run.epoch} at learning rate {lr:g}: lower lr, or lengthen warmup")
     sizes, seconds = close(run.model, cfg), time.perf_counter() - started
     done = Epoch(run.epoch, loss, lr, sizes, len(order) * cfg.batch_size / seconds, seconds)
     run.epoch, run.step, run.losses, run.history = run.epoch + 1, 0, [], [*run.history, done]

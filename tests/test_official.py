@@ -177,6 +177,26 @@ def test_outputs_are_the_official_ones(saved, official):
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
+def test_one_command_judges_a_checkpoint(saved, official, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from mice import datasets
+    from mice.cli import main
+    from mice.data import Images
+    from mice.metrics import evaluate
+
+    images, labels = pictures(24, 32), np.arange(24) % 10
+    asked = []
+    some = Images("cifar10", images, labels, "24 stand-ins", tuple("abcdefghij"))
+    monkeypatch.setattr(datasets, "load", lambda cfg: asked.append((cfg.dataset, cfg.data)) or (some, some))
+    done = CliRunner().invoke(main, ["evaluate", str(official), "--data", "elsewhere", "--device", "cpu", "--out", str(tmp_path / "clusters.npz")])
+    assert done.exit_code == 0 and asked == [("cifar10", "elsewhere")], done.output
+    expected = oracle(saved, images, "cifar10", 1.0)[-1].argmax(-1)
+    with np.load(tmp_path / "clusters.npz") as file:
+        np.testing.assert_array_equal(file["clusters"], expected)
+    assert f"ACC {evaluate(labels, np.asarray(expected))['acc']:.4f}" in done.output.splitlines()[-1]
+
+
 def test_outputs_at_96_pixels_with_another_temperature_in_the_old_format(tmp_path):
     saved = checkpoint(15, "stl10", tau=0.5)
     for part in ("model", "model_ema"):  # saved without the wrapper, as a later rewrite may be
