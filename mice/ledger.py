@@ -55,15 +55,17 @@ def environment(
     versions = {package: version(package) for package in PACKAGES}
     return dict(python=platform.python_version(), **versions, device=name, machine=platform.machine(), threads=torch.get_num_threads())
 
-# %% ../nbs/13a_ledger.ipynb #b3378a2e
+# %% ../nbs/13a_ledger.ipynb #47266100
 def peak_memory(
     device: str | torch.device,  # the device the run used
 ) -> int:  # bytes
     "Most memory used so far, by torch on a GPU, by the whole process otherwise."
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit_bytes = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux; its getrusage would start with the memory of the process that started this one
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/13a_ledger.ipynb #1bfbd50b
 def git(

@@ -8,9 +8,9 @@ __all__ = ['QUOTED', 'RUN_HERE', 'PAPER', 'SCORES', 'ABLATIONS', 'SWITCHES', 'NE
            'variant', 'Group', 'spread', 'groups', 'objection', 'departures', 'representative', 'Live', 'live',
            'mean_std', 'fold', 'sources', 'once', 'as_text', 'row_link', 'source_item', 'as_html', 'number',
            'live_lines', 'table1', 'narrow', 'title', 'of_epochs', 'paper_acc', 'run_line', 'framed', 'run_table',
-           'blocks', 'ablation_line', 'ablation_table', 'cost_line', 'cost_table', 'chance_line', 'ablation_dots',
-           'ablation_figure', 'shown', 'thin_and_mean', 'stage_panel', 'learning_figure', 'map_run', 'map_caption',
-           'sentence', 'standing', 'named_rows', 'tables', 'text']
+           'same_seeds', 'blocks', 'ablation_line', 'ablation_table', 'cost_line', 'cost_table', 'chance_line',
+           'ablation_dots', 'ablation_figure', 'shown', 'thin_and_mean', 'stage_panel', 'learning_figure', 'map_run',
+           'map_caption', 'sentence', 'standing', 'named_rows', 'tables', 'text']
 
 # %% ../nbs/18_results.ipynb #eaa771d4
 import html, io, re, textwrap
@@ -448,10 +448,19 @@ def run_table(
             lines += [((shown, title(g) if g else words, g.code if g else "-"), run_line(g)) for g in some]
     return framed(lines, ["dataset", "method", "hash"], COLUMNS)
 
-# %% ../nbs/18_results.ipynb #9744a836
+# %% ../nbs/18_results.ipynb #e7dd8c59
 CHANGES = ["n", "epochs", "ACC", "best", "NMI", "ARI", "paper", "fair?"]
 
 
+def same_seeds(
+    block: dict,  # variant -> group
+) -> dict:  # the same with the seeds that all variants have, if there are any
+    "Compare like with like: a seed that only some variants ran is left out."
+    shared = set.intersection(*({row["seed"] for row in group.rows} for group in block.values()))
+    keep = lambda group: group._replace(rows=[row for row in group.rows if row["seed"] in shared])
+    return {name: keep(group) for name, group in block.items()} if shared else block
+
+# %% ../nbs/18_results.ipynb #db42be52
 def blocks(
     rows: list[dict],  # of a ledger
     dataset: str,  # such as 'cifar100-20'
@@ -461,7 +470,7 @@ def blocks(
     for group in groups(rows):
         if group.dataset == dataset and group.variant in ABLATIONS:
             found[group.base][group.variant] = group
-    ablated = {base: block for base, block in found.items() if set(block) - {"full"}} or found
+    ablated = {base: same_seeds(block) for base, block in found.items() if set(block) - {"full"}} or found
     def rank(base):
         block = ablated[base]
         return -len(block), -max(group.settings["epochs"] for group in block.values()), base
