@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'ENDINGS', 'FORMAT', 'TEST', 'VALIDATION', 'TRAIN', 'count', 'some', 'walk', 'find_images', 'to_rgb',
-           'square', 'why', 'decode', 'attempt', 'decode_all', 'content', 'fingerprint', 'cache_folder', 'digest',
-           'recall', 'put', 'keep', 'Decoded', 'read_images', 'layout', 'annotated', 'from_folder']
+           'square', 'why', 'decode', 'attempt', 'decode_all', 'content', 'fingerprint', 'cache_folder', 'recall',
+           'keep', 'Decoded', 'read_images', 'layout', 'annotated', 'from_folder']
 
-# %% ../nbs/08a_folders.ipynb #bdf3e555
-import hashlib, json, os, sys, tempfile, warnings
+# %% ../nbs/08a_folders.ipynb #d64f24ef
+import hashlib, json, os, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from .core import require
 from .data import Images, numbered, protocol
+from .ledger import sha256, whole_file
 
 # %% ../nbs/08a_folders.ipynb #e2f5817a
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # none that starts another program, as EPS would
@@ -190,13 +191,7 @@ def cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get("MICE_CACHE") or Path(home) / "mice")
 
-# %% ../nbs/08a_folders.ipynb #613b1203
-def digest(
-    images: np.ndarray,  # any array of bytes
-) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(images), digest_size=20).hexdigest()
-
-
+# %% ../nbs/08a_folders.ipynb #cc8ecd10
 def recall(
     key: str,  # of `fingerprint`
 ) -> tuple[np.ndarray, dict] | None:  # what was kept; None if there is nothing, or it is damaged
@@ -204,39 +199,25 @@ def recall(
     try:
         record = json.loads((cache_folder() / f"{key}.json").read_text())
         images = np.load(cache_folder() / f"{key}.npy", mmap_mode="c", allow_pickle=False)
-        if images.dtype != np.uint8 or list(images.shape) != record["shape"] or digest(images) != record["digest"]:
+        if images.dtype != np.uint8 or list(images.shape) != record["shape"] or sha256(images) != record["sha256"]:
             return None
         return np.asarray(images), {int(place): reason for place, reason in record["skipped"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
 
-# %% ../nbs/08a_folders.ipynb #e1355e49
-def put(
-    path: Path,
-    write,  # function of an open binary file
-) -> None:
-    "Write a file completely, or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with open(handle, "wb") as file:
-            write(file)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-# %% ../nbs/08a_folders.ipynb #2fda80af
+# %% ../nbs/08a_folders.ipynb #3927343f
 def keep(
     key: str,  # of `fingerprint`
     images: np.ndarray,  # (M', S, S, 3) uint8
     skipped: dict,  # place -> reason
 ) -> tuple:  # notes: empty, or why it could not be kept
     "Put an array into the cache, its record last."
-    record = dict(shape=images.shape, digest=digest(images), skipped=skipped)
+    record = dict(shape=images.shape, sha256=sha256(images), skipped=skipped)
     try:
-        put(cache_folder() / f"{key}.npy", lambda file: np.save(file, images))
-        put(cache_folder() / f"{key}.json", lambda file: file.write(json.dumps(record).encode()))
+        with whole_file(cache_folder() / f"{key}.npy") as file:
+            np.save(file, images)
+        with whole_file(cache_folder() / f"{key}.json") as file:
+            file.write(json.dumps(record).encode())
     except OSError as error:
         return (f"the decoded images could not be cached ({error.strerror}), the next start decodes them again",)
     return ()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Clustering', 'by_posterior', 'nearest', 'by_features', 'by_pixels', 'save_clustering', 'load_clustering', 'run']
 
-# %% ../nbs/14a_methods.ipynb #9665c073
+# %% ../nbs/14a_methods.ipynb #75d65e2a
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from sklearn.cluster import KMeans
 
 from .core import Config
+from .ledger import whole_file
 from .metrics import diagnostics
 from .training import Epoch, Watcher, cpu_threads, fit, predict
 from .two_stage import assign, features, fit_moco, spherical_kmeans
@@ -60,15 +61,15 @@ def by_pixels(fitted: np.ndarray, judged: np.ndarray, cfg: Config) -> Clustering
     clusters = distances.argmin(1)
     return Clustering(clusters, -distances.min(1), flat(judged), dict(sizes=np.bincount(clusters, minlength=cfg.n_clusters).tolist()))
 
-# %% ../nbs/14a_methods.ipynb #e3ad7cb0
+# %% ../nbs/14a_methods.ipynb #28caf7b7
 def save_clustering(
     path: Path,  # ends in .npz; the folder is created
     found: Clustering,
 ) -> None:
     "Write a clustering to a file of plain arrays."
-    path.parent.mkdir(parents=True, exist_ok=True)
     others = {f"others.{kind}": clusters for kind, clusters in found.others.items()}
-    np.savez(path, clusters=found.clusters, confidence=found.confidence, embeddings=found.embeddings, seen=json.dumps(found.seen), **others)
+    with whole_file(path) as file:
+        np.savez(file, clusters=found.clusters, confidence=found.confidence, embeddings=found.embeddings, seen=json.dumps(found.seen), **others)
 
 
 def load_clustering(

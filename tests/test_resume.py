@@ -56,7 +56,6 @@ def test_goes_on_to_the_same_bits(number, code, whole, tmp_path):
     if number != signal.SIGKILL:
         assert "and saved: the same command goes on from there" in stopped.said.strip().splitlines()[-1]
         assert "Traceback" not in stopped.said
-    time.sleep(2)  # the kernel of a killed run notices within a second that nobody is there any more
     row, (undisturbed, place) = finish(tmp_path), whole
     assert "goes on from epoch" in row["said"] and "goes on from epoch" not in undisturbed["said"]
     for name in ("loss_curve", "metrics", "stages", "diagnostics", "dataset_sha256", "config"):
