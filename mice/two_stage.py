@@ -6,22 +6,20 @@
 __all__ = ['info_nce', 'MoCoModel', 'moco_step', 'fit_moco', 'features', 'assign', 'spread_starts', 'lloyd', 'KMeansResult',
            'spherical_kmeans']
 
-# %% ../nbs/14_two_stage.ipynb #d4c3b287
+# %% ../nbs/14_two_stage.ipynb #03930ad9
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .core import Config, check_finite, check_positive, check_shapes, generator, key, require, unit
-from .data import check_images
+from .core import Config, check_finite, check_positive, check_shapes, generator, require, unit
 from .elbo import QueueLogSumExp, loss_bounds
-from .encoders import HeadedTrunk, make_teacher
+from .encoders import HeadedTrunk, weights_from
 from .normalizer import Queue, embeddings
-from .training import Epoch, Watcher, descend, draw_views, train
-from .views import plain, standardise
+from .training import Epoch, StudentTeacher, Watcher, descend, draw_views, plain_batches, train
 
 # %% ../nbs/14_two_stage.ipynb #847b0788
 def info_nce(
@@ -36,8 +34,8 @@ def info_nce(
     positive = (f * v.detach()).sum(-1) / tau  # (N, 1)
     return -logsigmoid(positive - QueueLogSumExp.apply(f, bank, tau)).mean()
 
-# %% ../nbs/14_two_stage.ipynb #ec0144ab
-class MoCoModel(nn.Module):
+# %% ../nbs/14_two_stage.ipynb #66b86388
+class MoCoModel(StudentTeacher):
     "The state of a MoCo run."
 
     def __init__(
@@ -46,15 +44,10 @@ class MoCoModel(nn.Module):
         mean: Tensor,  # (C,) of the images
         std: Tensor,  # (C,) of the images
     ):
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key(cfg.seed, "weights"))
-            self.student = HeadedTrunk(cfg.arch, 1, cfg.dim, len(mean))  # f
-        self.teacher = make_teacher(self.student)  # v
-        self.queue = Queue(cfg.nu, 1, cfg.dim, cfg.seed)
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-        self.bounds = loss_bounds(cfg.nu, 2 * cfg.tau)  # scores are at most 1 / tau, half of MiCE's
+        with weights_from(cfg.seed):
+            student = HeadedTrunk(cfg.arch, 1, cfg.dim, len(mean))  # f
+        bounds = loss_bounds(cfg.nu, 2 * cfg.tau)  # scores are at most 1 / tau, half of MiCE's
+        super().__init__(student, Queue(cfg.nu, 1, cfg.dim, cfg.seed), mean, std, bounds)
 
 # %% ../nbs/14_two_stage.ipynb #92af0a28
 def moco_step(
@@ -85,7 +78,7 @@ def fit_moco(
     "Train MoCo: embeddings without clusters."
     return train(MoCoModel, moco_step, lambda model, cfg: None, images, cfg, on_epoch, progress, watcher)
 
-# %% ../nbs/14_two_stage.ipynb #c11034ac
+# %% ../nbs/14_two_stage.ipynb #f939fe4e
 @torch.no_grad()
 def features(
     model: MoCoModel,  # its training/test mode is left as it was
@@ -95,14 +88,11 @@ def features(
 ) -> Tensor:  # (M, D) unit rows, on the model's device
     "The embedding of each image as it is, without augmentation."
     require(kind in ("student", "teacher", "trunk"), f"features must be student, teacher or trunk, got {kind!r}")
-    was_training, parts = model.training, []
-    model.eval()
-    for part in torch.from_numpy(check_images(images)).split(batch):
-        x = standardise(plain(part.to(model.mean.device)), model.mean, model.std)  # (N, C, H, W)
-        h = unit(model.student.trunk(x).float()) if kind == "trunk" else getattr(model, kind).embed(x, slice(0, 1))[:, 0]
-        parts.append(h)
-    model.train(was_training)
-    return torch.cat(parts)
+    if kind == "trunk":
+        embed = lambda x: unit(model.student.trunk(x).float())
+    else:
+        embed = lambda x: getattr(model, kind).embed(x, slice(0, 1))[:, 0]
+    return torch.cat([embed(x) for x in plain_batches(model, images, batch)])
 
 # %% ../nbs/14_two_stage.ipynb #f7de17e0
 def assign(
