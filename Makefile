@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test notebooks export clean-notebooks readme lab docs wheel
+.PHONY: help setup reproduce test test-long notebooks export clean-notebooks readme lab docs wheel
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -17,6 +17,9 @@ reproduce: .venv/.ready ## train on the digits for one seed (SEED=0) and print t
 
 test: .venv/.ready ## run everything: notebooks, mathematics, package, site
 	@$(BIN)/python -m pytest
+
+test-long: .venv/.ready ## the long tests of reliability: kills, faults, damage (under 30 minutes)
+	@$(BIN)/python -m pytest -m long
 
 notebooks: .venv/.ready ## execute all notebooks in place, export, clean, write README.md
 	$(BIN)/nbdev_export

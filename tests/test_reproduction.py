@@ -29,8 +29,14 @@ def sets(**values) -> list[str]:
     return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
 
 
-def mice(*words, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([MICE, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=600, **options)
+def run_process(*words, timeout=600) -> subprocess.CompletedProcess:
+    "As a user would; a kernel that knew of pytest would not catch what is written past Python."
+    env = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return subprocess.run([*map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def mice(*words) -> subprocess.CompletedProcess:
+    return run_process(MICE, *words)
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +222,30 @@ def test_committed_rows_are_complete():
     for path in (ROOT / "results" / "ledger").glob("*.json"):
         assert json.loads(path.read_text())["commit"], path
     read_rows(ROOT / "results")
+
+
+NOISY = """
+import sys
+from pathlib import Path
+import nbformat
+from mice.cli import execute
+source, out = Path(sys.argv[1]), Path(sys.argv[2])
+nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(sys.argv[3])]), source)
+execute(source, out, {})
+"""
+
+
+def run_cell(cell: str, folder) -> subprocess.CompletedProcess:
+    return run_process(sys.executable, "-c", NOISY, folder / "in.ipynb", folder / "out.ipynb", cell, timeout=120)
+
+
+def test_what_the_kernels_machinery_writes_stays_out_of_the_terminal(tmp_path):
+    "A kernel may complain while it shuts down; the words of a cell come through all the same."
+    done = run_cell("import os, sys; os.write(sys.stderr._original_stdstream_copy, b'machinery'); print('a cell speaks')", tmp_path)
+    assert done.returncode == 0 and "machinery" not in done.stderr + done.stdout
+    assert "a cell speaks" in done.stdout and "machinery" in (tmp_path / "out.log").read_text()
+
+
+def test_a_kernel_that_is_killed_is_one_sentence(tmp_path):
+    done = run_cell("import os; os.kill(os.getpid(), 9)", tmp_path)
+    assert "ChildProcessError: the notebook's process was killed" in done.stderr and not (tmp_path / "out.log").exists()
