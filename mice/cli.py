@@ -177,22 +177,23 @@ def guarded(
 def main():
     "MiCE: unsupervised image clustering by a mixture of contrastive experts."
 
-# %% ../nbs/17_cli.ipynb #a8e76d28
+# %% ../nbs/17_cli.ipynb #7e378762
 @main.command("reproduce")
 @click.argument("name", required=False)
 @click.option("--seed", type=int, help="Seed of everything random.")
 @click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Change a parameter; may be repeated.")
 @click.option("--data", help="Where the dataset lies: a folder, or an .npz file.  [default: data]")
 @click.option("--download", is_flag=True, help="Fetch a missing dataset into that folder.")
+@click.option("--strict", is_flag=True, help="Refuse a folder with images that cannot be read, instead of leaving them out.")
 @click.option("--out", type=click.Path(path_type=Path), default="runs", show_default=True, help="Folder for the executed notebook, figures, labels and ledger.")
 @click.option("--dry-run", is_flag=True, help="Print the parameters and stop.")
-def reproduce_command(name, seed, sets, data, download, out, dry_run):
+def reproduce_command(name, seed, sets, data, download, strict, out, dry_run):
     "Run the experiment NAME, such as 'digits', and add one row to the ledger. Without NAME, list all experiments."
     def run():
         if name is None:
             return click.echo("\n".join(f"{key:30} {text.splitlines()[0].lstrip('# ')}" for key, text in experiments().items()))
-        places = {"data": data} if data else {}
-        values = experiment(name, sets, seed) | places | ({"download": True} if download else {})
+        options = dict(data=data, download=download, strict=strict)
+        values = experiment(name, sets, seed) | {key: value for key, value in options.items() if value}
         if dry_run:
             return click.echo(yaml.safe_dump(asdict(config_from(values)), sort_keys=False).rstrip())
         row, executed = reproduce(values, out)

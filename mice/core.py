@@ -120,19 +120,20 @@ class ModelConfig:
     omega_gradient: bool = False  # omega learns by SGD (ablation d)
     released: bool = False  # the habits of the released code, wherever they differ from the paper
 
-# %% ../nbs/00_notation.ipynb #cd9c21ed
+# %% ../nbs/00_notation.ipynb #701e7cf8
 @dataclass(frozen=True)
 class DataConfig:
     "Which images, and how the network sees them."
     dataset: str = "digits"  # a name such as 'cifar10', an .npz file, or a folder of images
     data: str = "data"  # where a named dataset lies: a folder, or an .npz file
     download: bool = False  # fetch a named dataset into that folder if it is missing
+    strict: bool = False  # refuse a folder with images that cannot be read, instead of leaving them out
     split: str = "all"  # 'all': clustered and judged together; 'test': fit on train, judged on test
     subset: int = 0  # cluster only so many images, drawn without labels, alike for every seed; 0 is all
     image_size: int = 32  # side of the square images, pixels
     views: str = "colour"  # 'colour' for photographs, as in the released code; 'affine' for handwriting
 
-# %% ../nbs/00_notation.ipynb #7e494533
+# %% ../nbs/00_notation.ipynb #a0c9ece8
 @dataclass(frozen=True)
 class TrainingConfig:
     "How the model is trained, and where."
@@ -150,6 +151,7 @@ class TrainingConfig:
     seed: int = 0  # of everything random
     device: str = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', ...
     threads: int = 1  # CPU threads; more than there are idle cores is far slower
+    deterministic: bool = False  # same bits every time on a GPU too, slower; the CPU always gives them
     checkpoint: float = 60.0  # seconds at least between two checkpoints
 
 # %% ../nbs/00_notation.ipynb #f95e4c9f

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'batches', 'StudentTeacher', 'MiCEModel', 'descend', 'draw_views', 'em_step', 'm_step', 'find_device',
-           'cpu_threads', 'Epoch', 'Run', 'begin', 'Watcher', 'train_epoch', 'train', 'fit', 'plain_batches',
-           'Prediction', 'predict']
+           'cpu_threads', 'determinism', 'Epoch', 'Run', 'begin', 'Watcher', 'train_epoch', 'train', 'fit',
+           'plain_batches', 'Prediction', 'predict']
 
-# %% ../nbs/11_training.ipynb #08deebea
-import math, time
+# %% ../nbs/11_training.ipynb #b0bd7670
+import math, os, time
 from copy import deepcopy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -176,6 +176,21 @@ def cpu_threads(
     finally:
         torch.set_num_threads(before)
 
+# %% ../nbs/11_training.ipynb #c8cb0579
+@contextmanager
+def determinism(
+    wanted: bool,
+):
+    "Inside, torch uses algorithms whose result is the same every time, and warns where it has none."
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
 # %% ../nbs/11_training.ipynb #9484314d
 class Epoch(NamedTuple):
     "What one epoch did."
@@ -249,7 +264,7 @@ def train_epoch(
     run.epoch, run.step, run.losses, run.history = run.epoch + 1, 0, [], [*run.history, done]
     return done
 
-# %% ../nbs/11_training.ipynb #6a68f2e8
+# %% ../nbs/11_training.ipynb #65f113df
 def train(
     start: Callable[..., StudentTeacher],  # as for `begin`
     step: Callable,  # as for `train_epoch`
@@ -266,7 +281,7 @@ def train(
     run = begin(start, images, cfg)
     watcher.start(run)
     data, (low, high) = torch.from_numpy(images).to(run.model.mean.device), run.model.bounds
-    with cpu_threads(cfg.threads), tqdm(total=cfg.epochs, initial=run.epoch - 1, unit="epoch", disable=not progress, mininterval=1) as bar:
+    with cpu_threads(cfg.threads), determinism(cfg.deterministic), tqdm(total=cfg.epochs, initial=run.epoch - 1, unit="epoch", disable=not progress, mininterval=1) as bar:
         while run.epoch <= cfg.epochs:
             done = train_epoch(run, data, step, close, watcher)
             on_epoch(run.model, done)
