@@ -190,7 +190,7 @@ def imagenet_dogs(
     says = protocol(f"ILSVRC train images of 15 dogs: all {len(images)} images", labels)
     return Images("imagenet-dogs", images, labels, says, tuple(DOGS[wnid] for wnid in sorted(DOGS)), None, notes)
 
-# %% ../nbs/08b_datasets.ipynb #ef3c01a2
+# %% ../nbs/08b_datasets.ipynb #24e92ad7
 def find(
     cfg: Config,
 ) -> Images:  # everything pooled, in its own size or already in cfg.image_size
@@ -203,7 +203,7 @@ def find(
     if name in SOURCES:
         return named(name, SOURCES[name], fetch(name, SOURCES[name], cfg.data, cfg.download))
     if path.is_dir():
-        return from_folder(path, cfg.image_size, cfg.threads)
+        return from_folder(path, cfg.image_size, cfg.threads, cfg.strict)
     hint = "".join(f": did you mean {near!r}?" for near in difflib.get_close_matches(name, NAMES, n=1))
     require(path.is_file(), f"dataset must be {', '.join(NAMES)}, or the path of an .npz file or of a folder of images, got {name!r}{hint}")
     return from_npz(path)
