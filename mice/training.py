@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'batches', 'StudentTeacher', 'MiCEModel', 'descend', 'draw_views', 'em_step', 'm_step', 'find_device',
-           'cpu_threads', 'determinism', 'Epoch', 'Run', 'begin', 'Watcher', 'train_epoch', 'train', 'fit',
+           'cpu_threads', 'determinism', 'Epoch', 'warned', 'Run', 'begin', 'Watcher', 'train_epoch', 'train', 'fit',
            'plain_batches', 'Prediction', 'predict']
 
-# %% ../nbs/11_training.ipynb #b0bd7670
-import math, os, time
+# %% ../nbs/11_training.ipynb #9cc3cdd8
+import math, os, sys, time
 from copy import deepcopy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +26,7 @@ from .data import check_images
 from .elbo import loss_bounds, mice_objective
 from .encoders import HeadedTrunk, make_teacher, new_student, update_teacher
 from .gating import simplex_prototypes, uniform_prototypes
+from .health import Health, alarms, brief, look
 from .mstep import PrototypeSum
 from .normalizer import Queue
 from .views import augment, channel_stats, plain, standardise
@@ -191,7 +192,7 @@ def determinism(
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
 
-# %% ../nbs/11_training.ipynb #9484314d
+# %% ../nbs/11_training.ipynb #b68b8776
 class Epoch(NamedTuple):
     "What one epoch did."
     epoch: int  # from 1
@@ -200,6 +201,14 @@ class Epoch(NamedTuple):
     sizes: list[int] | None  # images assigned to each cluster, if the method assigns any
     images_per_second: float
     seconds: float  # it took
+    health: dict | None = None  # how the model was at its end, as in `health.Health`
+
+# %% ../nbs/11_training.ipynb #06634aa8
+def warned(
+    history: list[Epoch],  # the last one has just ended
+) -> list[str]:  # usually empty
+    "What the user should hear after the last of these epochs."
+    return alarms([Health(**epoch.health) for epoch in history if epoch.health])
 
 # %% ../nbs/11_training.ipynb #19fd2234
 @dataclass
@@ -238,7 +247,7 @@ class Watcher:
     def after_epoch(self, run: Run) -> None:
         "After every epoch."
 
-# %% ../nbs/11_training.ipynb #05b061ac
+# %% ../nbs/11_training.ipynb #9205ff63
 def train_epoch(
     run: Run,  # moved on to the next epoch
     images: Tensor,  # (M, H, W, C) uint8, on the model's device
@@ -260,11 +269,12 @@ def train_epoch(
         watcher.after_step(run)
     loss = torch.stack(run.losses).mean().item()
     sizes, seconds = close(run.model, cfg), time.perf_counter() - started
-    done = Epoch(run.epoch, loss, lr, sizes, len(order) * cfg.batch_size / seconds, seconds)
+    health = look(run.model, run.epoch, sizes, images, cfg)._asdict()
+    done = Epoch(run.epoch, loss, lr, sizes, len(order) * cfg.batch_size / seconds, seconds, health)
     run.epoch, run.step, run.losses, run.history = run.epoch + 1, 0, [], [*run.history, done]
     return done
 
-# %% ../nbs/11_training.ipynb #65f113df
+# %% ../nbs/11_training.ipynb #34b26082
 def train(
     start: Callable[..., StudentTeacher],  # as for `begin`
     step: Callable,  # as for `train_epoch`
@@ -285,8 +295,11 @@ def train(
         while run.epoch <= cfg.epochs:
             done = train_epoch(run, data, step, close, watcher)
             on_epoch(run.model, done)
-            bar.set_postfix_str(f"loss {done.loss:.3f}, ELBO {-done.loss:.3f} in [{-high:.2f}, {-low:.2f}], {done.images_per_second:.0f} images/s", refresh=False)
+            bound = f"loss {done.loss:.3f}, ELBO {-done.loss:.3f} in [{-high:.2f}, {-low:.2f}]"
+            bar.set_postfix_str(f"{bound}, {brief(Health(**done.health))}, {done.images_per_second:.0f} images/s", refresh=False)
             bar.update(done.epoch - bar.n)
+            for text in warned(run.history):
+                tqdm.write(f"epoch {done.epoch}: {text}", file=sys.stderr)
             watcher.after_epoch(run)
     return run.model.eval(), run.history
 

@@ -20,7 +20,7 @@ LAYERS = [
     "normalizer",
     "elbo",
     "encoders views data metrics ledger",
-    "folders figures",
+    "folders figures health",
     "datasets training",
     "two_stage official checkpoints",
     "methods results",

@@ -199,6 +199,17 @@ def test_own_images_without_labels(channels, tmp_path):
     assert "no labels" in done.stdout
 
 
+def test_collapse_is_said_and_recorded(run, tmp_path):
+    "Images that do not differ cannot be told apart: said in the second epoch, kept in the row; a healthy run has nothing to say."
+    np.savez(tmp_path / "same.npz", images=np.full((200, 8, 8), 100, np.uint8))
+    done = mice("reproduce", "digits", "--out", tmp_path, *sets(**TINY, dataset=tmp_path / "same.npz"))
+    (row,) = read_rows(tmp_path)
+    (healthy,) = read_rows(run[1])
+    assert "epoch 2: collapse: an expert gives all images the same embedding" in done.stderr
+    assert len(row["warnings"]) == 1 and row["warnings"][0] in done.stderr
+    assert healthy["warnings"] == [] and len(healthy["health"]) == TINY["epochs"]
+
+
 def test_dry_run_prints_every_parameter_and_runs_nothing(tmp_path):
     import yaml
 
