@@ -18,8 +18,8 @@ reproduce: .venv/.ready ## train on the digits for one seed (SEED=0) and print t
 test: .venv/.ready ## run everything: notebooks, mathematics, package, site
 	@$(BIN)/python -m pytest
 
-test-long: .venv/.ready ## the long tests of reliability: kills, faults, damage (under 30 minutes)
-	@$(BIN)/python -m pytest -m long
+test-long: .venv/.ready ## the long tests of reliability: kills, faults, damage (RECORD=1: keep the figures)
+	@$(BIN)/python -m pytest -m "long or recorded"
 
 notebooks: .venv/.ready ## execute all notebooks in place, export, clean, write README.md
 	$(BIN)/nbdev_export

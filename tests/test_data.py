@@ -19,7 +19,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from mice import datasets, folders
 from mice.core import Config
 from mice.data import duplicates, from_npz
-from mice.datasets import DOGS, NAMES, SOURCES, fetch, imagenet_dogs, load, named, report
+from mice.datasets import DOGS, NAMES, SOURCES, imagenet_dogs, load, report
 from mice.folders import find_images, fingerprint, from_folder, layout, read_images
 
 UNPACK = ROOT.parent / "shared" / "data" / "unpack.py"

@@ -9,7 +9,7 @@ import re
 
 import nbformat
 import pytest
-from house import BIN, NBS, exported, in_site, notebooks, read
+from house import BIN, exported, in_site, notebooks, read
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
