@@ -21,7 +21,7 @@ LAYERS = [
     "elbo",
     "encoders views data metrics ledger",
     "folders figures health",
-    "datasets training",
+    "datasets training inputs",
     "two_stage official checkpoints",
     "methods results",
     "estimator",
