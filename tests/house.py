@@ -1,5 +1,6 @@
 """Where things are: shared by the tests and by readme.py."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -69,3 +70,18 @@ def run(*command, cwd: Path = ROOT, **kwargs) -> str:
     done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs)
     assert done.returncode == 0, f"{' '.join(map(str, command))} exited {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
+
+
+def sets(**values) -> list[str]:
+    "Parameters as options of `mice reproduce`."
+    return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
+
+
+def run_process(*words, timeout=600) -> subprocess.CompletedProcess:
+    "As a user would; a kernel that knew of pytest would not catch what is written past Python."
+    env = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return subprocess.run([*map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def mice(*words) -> subprocess.CompletedProcess:
+    return run_process(BIN / "mice", *words)

@@ -22,14 +22,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from house import ROOT
+from house import mice, sets
 from PIL import Image, features
 
 from mice import checkpoints, folders, official
 from mice.folders import MOST_BYTES, MOST_PIXELS, Note, find_images, from_folder, left_out, left_out_csv
 from mice.ledger import read_rows
 
-MICE = Path(sys.executable).with_name("mice")
 GIGABYTE = 10**9
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited by means of Linux")
 
@@ -676,9 +675,7 @@ def test_hostile_models_are_refused_in_one_line(tmp_path, record):
 
 
 def reproduce(folder: Path, *words) -> subprocess.CompletedProcess:
-    values = dict(dataset=folder, image_size=8, n_clusters=2)
-    sets = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
-    return subprocess.run([MICE, "reproduce", "digits-kmeans", *sets, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return mice("reproduce", "digits-kmeans", *sets(dataset=folder, image_size=8, n_clusters=2), *words)
 
 
 def test_command_refuses_with_strict(tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 import perils
 import psutil
 import pytest
-from house import BIN, ROOT
+from house import BIN, ROOT, sets
 from perils import CFG, HASH, STEPS, at_call, cut, finish, good, images, journal, kill_self, outcome, refuse, save_once, start, start_fresh
 
 from mice import checkpoints, training
@@ -519,7 +519,7 @@ TINY = dict(epochs=12, subset=200, image_size=8, dim=16, nu=64, batch_size=32, c
 
 
 def command(out: Path, **changes) -> list:
-    return [MICE, "reproduce", "digits", "--out", out, *(word for name, value in (TINY | changes).items() for word in ("--set", f"{name}={value}"))]
+    return [MICE, "reproduce", "digits", "--out", out, *sets(**TINY | changes)]
 
 
 def results(out: Path) -> tuple:

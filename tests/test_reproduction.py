@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from house import ROOT
+from house import BIN, ROOT, mice, run_process, sets
 from sklearn.datasets import load_digits
 
 from mice.cli import experiment
@@ -21,22 +21,7 @@ from mice.core import Config, config_from
 from mice.ledger import read_rows
 
 REPRODUCE = ROOT / "nbs" / "reproduction" / "reproduce.ipynb"
-MICE = Path(sys.executable).with_name("mice")
 TINY = dict(epochs=2, image_size=8, dim=16, nu=64, batch_size=64)
-
-
-def sets(**values) -> list[str]:
-    return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
-
-
-def run_process(*words, timeout=600) -> subprocess.CompletedProcess:
-    "As a user would; a kernel that knew of pytest would not catch what is written past Python."
-    env = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    return subprocess.run([*map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
-
-
-def mice(*words) -> subprocess.CompletedProcess:
-    return run_process(MICE, *words)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +160,7 @@ def test_papermill_alone_stops_at_a_mistyped_name(tmp_path):
 
 
 def test_killed_run_leaves_no_row(tmp_path):
-    command = [MICE, "reproduce", "digits", "--out", tmp_path, *sets(**TINY | dict(epochs=10_000))]
+    command = [BIN / "mice", "reproduce", "digits", "--out", tmp_path, *sets(**TINY | dict(epochs=10_000))]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         for line in iter(lambda: process.stderr.read(40), ""):

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from house import BIN, ROOT
+from house import BIN, ROOT, mice, sets
 
 from mice.ledger import read_rows
 
 SHORT = dict(epochs=30, subset=400, image_size=8, dim=16, nu=64, batch_size=64, checkpoint=0.01, seed=3)
-COMMAND = [BIN / "mice", "reproduce", "digits", *(word for name, value in SHORT.items() for word in ("--set", f"{name}={value}"))]
+COMMAND = ["reproduce", "digits", *sets(**SHORT)]
 
 
 def finish(out: Path) -> tuple[dict, list[np.ndarray], str]:
     "The row, the labels, and what was said."
-    done = subprocess.run([*COMMAND, "--out", out], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = mice(*COMMAND, "--out", out)
     assert done.returncode == 0, done.stderr
     (row,) = read_rows(out)
     with np.load(next(out.glob("labels/*.npz"))) as file:
@@ -33,7 +33,7 @@ def saved(out: Path) -> list[Path]:
 def interrupted(out: Path, number: int) -> tuple[int, str]:
     "Start the command, wait until it has saved, send a signal; exit code, and what was said. A SIGKILL is for the notebook's process, too."
     before = saved(out)
-    process = subprocess.Popen([*COMMAND, "--out", out], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([BIN / "mice", *COMMAND, "--out", out], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(set(saved(out)) - set(before)) < 2:
         assert process.poll() is None and time.monotonic() < deadline, "the run ended, or never saved"
