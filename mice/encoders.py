@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'small_trunk', 'make_trunk', 'HeadedTrunk', 'MiCENet', 'weights_from', 'new_student', 'make_teacher',
-           'update_teacher']
+           'update_teacher', 'in_test_mode']
 
 # %% ../nbs/10_encoders.ipynb #c5753b42
 from contextlib import contextmanager
@@ -143,3 +143,16 @@ def update_teacher(
 ) -> None:
     "Move every parameter of the teacher a little toward the student's; buffers are the teacher's own."
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - ema)
+
+# %% ../nbs/10_encoders.ipynb #c83291f3
+@contextmanager
+def in_test_mode(
+    model: nn.Module,
+):
+    "Inside, the model is in test mode; afterwards it is in the mode it was."
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -6,7 +6,7 @@
 __all__ = ['ALIKE', 'SIGNS', 'spread', 'decided', 'Health', 'embed_some', 'look', 'lasting', 'alike', 'dominated', 'Sign',
            'alarms', 'brief']
 
-# %% ../nbs/10b_health.ipynb #f2f90957
+# %% ../nbs/10b_health.ipynb #ad18e0b0
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .core import Config, check_shapes, generator, unit
+from .encoders import in_test_mode
 from .gating import log_gate
-from .views import plain, standardise
+from .views import plain_batches
 
 # %% ../nbs/10b_health.ipynb #2b6e5d9a
 def spread(
@@ -50,7 +51,7 @@ class Health(NamedTuple):
     largest: float | None = None  # share of images in the largest cluster
     dead: int | None = None  # experts without images
 
-# %% ../nbs/10b_health.ipynb #9168780a
+# %% ../nbs/10b_health.ipynb #719d0370
 @torch.no_grad()
 def embed_some(
     model: nn.Module,  # its training/test mode is left as it was
@@ -60,11 +61,9 @@ def embed_some(
 ) -> Tensor:  # (min(M, count), heads, D) unit rows
     "What every head of the student makes of some images, without augmentation."
     some = torch.randperm(len(images), generator=generator("health"))[:count].to(images.device)
-    heads, was_training = slice(0, model.student.heads.out_features // cfg.dim), model.training
-    model.eval()
-    parts = [model.student.embed(standardise(plain(x), model.mean, model.std), heads) for x in images[some].split(cfg.batch_size)]
-    model.train(was_training)
-    return torch.cat(parts)
+    heads = slice(0, model.student.heads.out_features // cfg.dim)
+    with in_test_mode(model):
+        return torch.cat([model.student.embed(x, heads) for x in plain_batches(images[some], model.mean, model.std, cfg.batch_size)])
 
 # %% ../nbs/10b_health.ipynb #43619aa6
 def look(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'batches', 'StudentTeacher', 'MiCEModel', 'descend', 'draw_views', 'em_step', 'm_step', 'find_device',
-           'cpu_threads', 'determinism', 'Epoch', 'warned', 'Run', 'begin', 'Watcher', 'train_epoch', 'train', 'fit',
-           'plain_batches', 'Prediction', 'predict']
+           'cpu_threads', 'determinism', 'Epoch', 'warned', 'all_warned', 'Run', 'begin', 'Watcher', 'train_epoch',
+           'train', 'fit', 'Prediction', 'predict']
 
-# %% ../nbs/11_training.ipynb #9cc3cdd8
+# %% ../nbs/11_training.ipynb #79b1cbef
 import math, os, sys, time
 from copy import deepcopy
 from collections.abc import Callable, Iterator
@@ -24,12 +24,12 @@ from tqdm import tqdm
 from .core import Config, generator, require, unit
 from .data import check_images
 from .elbo import loss_bounds, mice_objective
-from .encoders import HeadedTrunk, make_teacher, new_student, update_teacher
+from .encoders import HeadedTrunk, make_teacher, new_student, in_test_mode, update_teacher
 from .gating import simplex_prototypes, uniform_prototypes
 from .health import Health, alarms, brief, look
 from .mstep import PrototypeSum
 from .normalizer import Queue
-from .views import augment, channel_stats, plain, standardise
+from .views import augment, channel_stats, plain_batches, standardise
 
 # %% ../nbs/11_training.ipynb #21fc896c
 def learning_rate(
@@ -203,12 +203,19 @@ class Epoch(NamedTuple):
     seconds: float  # it took
     health: dict | None = None  # how the model was at its end, as in `health.Health`
 
-# %% ../nbs/11_training.ipynb #06634aa8
+# %% ../nbs/11_training.ipynb #8ce0d130
 def warned(
     history: list[Epoch],  # the last one has just ended
 ) -> list[str]:  # usually empty
     "What the user should hear after the last of these epochs."
     return alarms([Health(**epoch.health) for epoch in history if epoch.health])
+
+
+def all_warned(
+    history: list[Epoch],
+) -> list[tuple[int, str]]:  # epoch, and what was said after it
+    "What the user heard during a whole run."
+    return [(epoch.epoch, text) for i, epoch in enumerate(history) for text in warned(history[: i + 1])]
 
 # %% ../nbs/11_training.ipynb #19fd2234
 @dataclass
@@ -314,22 +321,7 @@ def fit(
     "Train MiCE by EM."
     return train(MiCEModel, em_step, m_step, images, cfg, on_epoch, progress, watcher)
 
-# %% ../nbs/11_training.ipynb #23ffe191
-def plain_batches(
-    model: StudentTeacher,  # in test mode meanwhile
-    images: np.ndarray,  # (M, H, W[, C]) uint8
-    batch: int,  # images at once
-) -> Iterator[Tensor]:  # (N, C, H, W) each
-    "The images as they are, without augmentation, standardised."
-    was_training = model.training
-    model.eval()
-    try:
-        for part in torch.from_numpy(check_images(images)).split(batch):
-            yield standardise(plain(part.to(model.mean.device)), model.mean, model.std)
-    finally:
-        model.train(was_training)
-
-# %% ../nbs/11_training.ipynb #da94901c
+# %% ../nbs/11_training.ipynb #a36cffa4
 class Prediction(NamedTuple):
     "What a model says about images."
     log_posterior: Tensor  # (M, K) log q
@@ -345,10 +337,11 @@ def predict(
 ) -> Prediction:
     "Posterior over clusters and embeddings of each image, independent of order and batch unless `released`."
     parts, queue = [], deepcopy(model.queue) if cfg.released else model.queue
-    for x in plain_batches(model, images, batch):
-        (f, g), v = model.student(x), model.teacher.experts(x)
-        result = mice_objective(f, v, g, model.mu, unit(model.omega), queue, cfg.tau, cfg.kappa, check=False)
-        if cfg.released:
-            queue.enqueue(v)
-        parts.append((result.log_posterior.cpu(), f.cpu()))
+    with in_test_mode(model):
+        for x in plain_batches(torch.from_numpy(check_images(images)), model.mean, model.std, batch):
+            (f, g), v = model.student(x), model.teacher.experts(x)
+            result = mice_objective(f, v, g, model.mu, unit(model.omega), queue, cfg.tau, cfg.kappa, check=False)
+            if cfg.released:
+                queue.enqueue(v)
+            parts.append((result.log_posterior.cpu(), f.cpu()))
     return Prediction(*(torch.cat(column) for column in zip(*parts)))

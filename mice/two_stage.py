@@ -6,7 +6,7 @@
 __all__ = ['info_nce', 'MoCoModel', 'moco_step', 'fit_moco', 'features', 'assign', 'spread_starts', 'lloyd', 'KMeansResult',
            'spherical_kmeans']
 
-# %% ../nbs/14_two_stage.ipynb #03930ad9
+# %% ../nbs/14_two_stage.ipynb #8e1bdaf0
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .core import Config, check_finite, check_positive, check_shapes, generator, require, unit
+from .data import check_images
 from .elbo import QueueLogSumExp, loss_bounds
-from .encoders import HeadedTrunk, weights_from
+from .encoders import HeadedTrunk, in_test_mode, weights_from
 from .normalizer import Queue, embeddings
-from .training import Epoch, StudentTeacher, Watcher, descend, draw_views, plain_batches, train
+from .training import Epoch, StudentTeacher, Watcher, descend, draw_views, train
+from .views import plain_batches
 
 # %% ../nbs/14_two_stage.ipynb #847b0788
 def info_nce(
@@ -78,7 +80,7 @@ def fit_moco(
     "Train MoCo: embeddings without clusters."
     return train(MoCoModel, moco_step, lambda model, cfg: None, images, cfg, on_epoch, progress, watcher)
 
-# %% ../nbs/14_two_stage.ipynb #f939fe4e
+# %% ../nbs/14_two_stage.ipynb #b718d3ee
 @torch.no_grad()
 def features(
     model: MoCoModel,  # its training/test mode is left as it was
@@ -92,7 +94,8 @@ def features(
         embed = lambda x: unit(model.student.trunk(x).float())
     else:
         embed = lambda x: getattr(model, kind).embed(x, slice(0, 1))[:, 0]
-    return torch.cat([embed(x) for x in plain_batches(model, images, batch)])
+    with in_test_mode(model):
+        return torch.cat([embed(x) for x in plain_batches(torch.from_numpy(check_images(images)), model.mean, model.std, batch)])
 
 # %% ../nbs/14_two_stage.ipynb #f7de17e0
 def assign(

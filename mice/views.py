@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Strength', 'affine_maps', 'plain', 'warp', 'affine_views', 'ColourDraws', 'crop_draws', 'crop_places',
            'crop_and_flip', 'luma', 'blend_', 'turn_hue_', 'colour_views', 'colour_draws', 'augment', 'channel_stats',
-           'standardise']
+           'standardise', 'plain_batches']
 
-# %% ../nbs/09_views.ipynb #849e292e
+# %% ../nbs/09_views.ipynb #6be35916
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -230,7 +231,7 @@ def channel_stats(
     std = ((share * (level - mean[:, None]) ** 2).sum(-1)).sqrt()
     return mean.float(), torch.where(std > 0, std, 1).float()
 
-# %% ../nbs/09_views.ipynb #d9590608
+# %% ../nbs/09_views.ipynb #c18741c3
 def standardise(
     x: Tensor,  # (N, C, H, W) of the range [0, 1]
     mean: Tensor,  # (C,)
@@ -238,3 +239,14 @@ def standardise(
 ) -> Tensor:  # (N, C, H, W)
     "Centre and scale each channel."
     return (x - mean[:, None, None]) / std[:, None, None]
+
+
+def plain_batches(
+    images: Tensor,  # (M, H, W, C) uint8, anywhere
+    mean: Tensor,  # (C,)
+    std: Tensor,  # (C,)
+    batch: int,  # images at once
+) -> Iterator[Tensor]:  # (N, C, H, W) each, where `mean` is
+    "The images as they are, without augmentation, standardised."
+    for part in images.split(batch):
+        yield standardise(plain(part.to(mean.device)), mean, std)
