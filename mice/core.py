@@ -133,7 +133,7 @@ class DataConfig:
     image_size: int = 32  # side of the square images, pixels
     views: str = "colour"  # 'colour' for photographs, as in the released code; 'affine' for handwriting
 
-# %% ../nbs/00_notation.ipynb #a0c9ece8
+# %% ../nbs/00_notation.ipynb #b042ca3b
 @dataclass(frozen=True)
 class TrainingConfig:
     "How the model is trained, and where."
@@ -151,6 +151,9 @@ class TrainingConfig:
     seed: int = 0  # of everything random
     device: str = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', ...
     threads: int = 1  # CPU threads; more than there are idle cores is far slower
+    precision: str = "auto"  # of trunk and queue: 'float32' or 'bfloat16'; 'auto' is bfloat16 on a GPU
+    compile: str = "auto"  # 'off', 'networks' (torch.compile), 'step' (one CUDA graph too); 'auto' is 'step' on a GPU
+    sync_batchnorm: bool = True  # on several GPUs, batch statistics of the whole batch
     deterministic: bool = False  # same bits every time on a GPU too, slower; the CPU always gives them
     checkpoint: float = 60.0  # seconds at least between two checkpoints
 
@@ -177,13 +180,15 @@ def require(
     if not holds:
         raise ValueError(message)
 
-# %% ../nbs/00_notation.ipynb #c95ca5da
+# %% ../nbs/00_notation.ipynb #8a39d7b2
 CHOICES = dict(
     method=("mice", "two_stage", "kmeans"),
     features=("student", "teacher", "trunk"),
     omega_start=("simplex", "uniform"),
     split=("all", "test"),
     views=("colour", "affine"),
+    precision=("auto", "float32", "bfloat16"),
+    compile=("auto", "off", "networks", "step"),
 )
 
 # %% ../nbs/00_notation.ipynb #403c95bf

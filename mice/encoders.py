@@ -6,8 +6,9 @@
 __all__ = ['ARCHS', 'small_trunk', 'make_trunk', 'HeadedTrunk', 'MiCENet', 'weights_from', 'new_student', 'make_teacher',
            'update_teacher', 'in_test_mode']
 
-# %% ../nbs/10_encoders.ipynb #c5753b42
-from contextlib import contextmanager
+# %% ../nbs/10_encoders.ipynb #be4e0090
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
@@ -57,7 +58,7 @@ def make_trunk(
     features, trunk.fc = trunk.fc.in_features, nn.Identity()
     return trunk, features
 
-# %% ../nbs/10_encoders.ipynb #0929454b
+# %% ../nbs/10_encoders.ipynb #3f2e1e92
 class HeadedTrunk(nn.Module):
     "A trunk with parallel linear heads kept as one matrix; every output is a unit vector."
 
@@ -71,12 +72,18 @@ class HeadedTrunk(nn.Module):
         super().__init__()
         require(min(n_heads, dim, channels) >= 1, f"n_heads, dim and channels must be at least 1, got {n_heads}, {dim}, {channels}")
         self.trunk, features = make_trunk(arch, channels)
-        self.heads, self.dim = nn.Linear(features, n_heads * dim), dim
+        self.heads, self.dim, self.half = nn.Linear(features, n_heads * dim), dim, False
+
+    def features(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, features) float32
+        "What the heads see; with `half` the trunk computes in bfloat16, its weights and statistics stay float32."
+        trunk = self.trunk if self.training else self.trunk.forward  # compiled, if at all, for training only
+        with torch.autocast(x.device.type, torch.bfloat16) if self.half else nullcontext():
+            return trunk(x).float()
 
     def embed(self, x: Tensor, heads: slice) -> Tensor:  # (N, C, H, W) -> (N, heads, D) unit rows
         "The outputs of some of the heads; the others cost nothing."
         rows = slice(heads.start * self.dim, heads.stop * self.dim)
-        h = self.trunk(x).float()  # (N, features)
+        h = self.features(x)  # (N, features)
         return unit(linear(h, self.heads.weight[rows], self.heads.bias[rows]).unflatten(1, (-1, self.dim)))
 
 # %% ../nbs/10_encoders.ipynb #e750f065
@@ -109,7 +116,7 @@ class MiCENet(HeadedTrunk):
 @contextmanager
 def weights_from(
     seed: int,
-):
+) -> Iterator[None]:
     "Inside, weights depend on `seed` alone; afterwards the global random state is what it was."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "weights"))
@@ -148,7 +155,7 @@ def update_teacher(
 @contextmanager
 def in_test_mode(
     model: nn.Module,
-):
+) -> Iterator[None]:
     "Inside, the model is in test mode; afterwards it is in the mode it was."
     was_training = model.training
     model.eval()

@@ -92,14 +92,14 @@ def commit(
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
 
-# %% ../nbs/13a_ledger.ipynb #192fc96e
+# %% ../nbs/13a_ledger.ipynb #ac69072f
 def short_hash(
     values: object,  # dictionaries, lists and scalars, anything JSON can write
 ) -> str:  # 8 hex digits
     "Short hash of some values; the order of the names in a dictionary does not matter."
     return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()[:8]
 
-NEUTRAL = ("device", "threads", "deterministic", "data", "download", "strict", "checkpoint")  # settings that decide where and how often, not what
+NEUTRAL = ("device", "threads", "precision", "compile", "sync_batchnorm", "deterministic", "data", "download", "strict", "checkpoint")  # settings that decide where and how often, not what
 
 
 def settings_hash(

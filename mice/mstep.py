@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['ClusterSums', 'PrototypeSum']
 
-# %% ../nbs/06_mu_update.ipynb #c324e08e
+# %% ../nbs/06_mu_update.ipynb #d00edb6a
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from .core import check_finite, check_shapes, require, unit
 
-# %% ../nbs/06_mu_update.ipynb #eb61b5b6
+# %% ../nbs/06_mu_update.ipynb #b22d253e
 class ClusterSums(nn.Module):
     "Sum of the teacher embeddings of each cluster's images, over all batches since the last `reset`."
 
@@ -31,7 +30,9 @@ class ClusterSums(nn.Module):
         assignment: Tensor,  # (N,) clusters (hard), or (N, K) responsibilities (soft)
     ) -> None:
         "Add a batch: $\\hat\\mu_k \\mathrel{+}= \\sum_n \\hat q(z_n = k)\\, v_{nk}$."
-        weights = one_hot(assignment, len(self.sums)) if assignment.ndim == 1 else assignment.detach()  # (N, K)
+        hard, weights = assignment.ndim == 1, assignment.detach()
+        if hard:  # torch's one_hot would look at the numbers, for which the program waits on a GPU
+            weights = v.new_zeros(len(v), len(self.sums)).scatter_(1, weights[:, None], 1)  # (N, K)
         check_shapes("v:NKD assignment:NK sums:KD", v, weights, self.sums)
         self.sums += torch.einsum("nk,nkd->kd", weights.to(self.sums.dtype), v.detach().to(self.sums.dtype))
         self.counts += weights.sum(0)

@@ -6,7 +6,7 @@
 __all__ = ['info_nce', 'MoCoModel', 'moco_step', 'fit_moco', 'features', 'assign', 'spread_starts', 'lloyd', 'KMeansResult',
            'spherical_kmeans']
 
-# %% ../nbs/14_two_stage.ipynb #8e1bdaf0
+# %% ../nbs/14_two_stage.ipynb #f45cb326
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from . import ranks
 from .core import Config, check_finite, check_positive, check_shapes, generator, require, unit
 from .data import check_images
 from .elbo import QueueLogSumExp, loss_bounds
 from .encoders import HeadedTrunk, in_test_mode, weights_from
 from .normalizer import Queue, embeddings
-from .training import Epoch, StudentTeacher, Watcher, descend, draw_views, train
+from .training import Epoch, StudentTeacher, Watcher, descend, train
 from .views import plain_batches
 
 # %% ../nbs/14_two_stage.ipynb #847b0788
@@ -36,9 +37,11 @@ def info_nce(
     positive = (f * v.detach()).sum(-1) / tau  # (N, 1)
     return -logsigmoid(positive - QueueLogSumExp.apply(f, bank, tau)).mean()
 
-# %% ../nbs/14_two_stage.ipynb #66b86388
+# %% ../nbs/14_two_stage.ipynb #34c83200
 class MoCoModel(StudentTeacher):
     "The state of a MoCo run."
+
+    n_views = 2  # of each image in a step: student, teacher
 
     def __init__(
         self,
@@ -51,23 +54,20 @@ class MoCoModel(StudentTeacher):
         bounds = loss_bounds(cfg.nu, 2 * cfg.tau)  # scores are at most 1 / tau, half of MiCE's
         super().__init__(student, Queue(cfg.nu, 1, cfg.dim, cfg.seed), mean, std, bounds)
 
-# %% ../nbs/14_two_stage.ipynb #92af0a28
+# %% ../nbs/14_two_stage.ipynb #bf745e1c
 def moco_step(
     model: MoCoModel,  # changed in place
     optimizer: torch.optim.Optimizer,
-    images: Tensor,  # (N, H, W, C) uint8
+    views: list[Tensor],  # two of the batch, (N, C, H, W) each
     cfg: Config,
-    epoch: int,
-    step: int,  # within the epoch
-) -> Tensor:  # () loss before the step, nats
+) -> Tensor:  # () loss before the step, nats; on a GPU NaN if the step was not taken
     "One gradient step of MoCo on one batch."
-    x1, x2 = draw_views(model, images, cfg, epoch, step, 2)
+    x1, x2 = views
     f = model.student.embed(x1, slice(0, 1))  # (N, 1, D)
     with torch.no_grad():
         v = model.teacher.embed(x2, slice(0, 1))  # (N, 1, D)
     loss = info_nce(f, v, model.queue, cfg.tau)
-    descend(model, optimizer, loss, v, cfg)
-    return loss.detach()
+    return descend(model, optimizer, loss, ranks.gathered(v), cfg)
 
 # %% ../nbs/14_two_stage.ipynb #b652230c
 def fit_moco(
@@ -80,7 +80,7 @@ def fit_moco(
     "Train MoCo: embeddings without clusters."
     return train(MoCoModel, moco_step, lambda model, cfg: None, images, cfg, on_epoch, progress, watcher)
 
-# %% ../nbs/14_two_stage.ipynb #b718d3ee
+# %% ../nbs/14_two_stage.ipynb #ff7b7e38
 @torch.no_grad()
 def features(
     model: MoCoModel,  # its training/test mode is left as it was
@@ -91,11 +91,13 @@ def features(
     "The embedding of each image as it is, without augmentation."
     require(kind in ("student", "teacher", "trunk"), f"features must be student, teacher or trunk, got {kind!r}")
     if kind == "trunk":
-        embed = lambda x: unit(model.student.trunk(x).float())
+        embed = lambda x: unit(model.student.features(x))
     else:
         embed = lambda x: getattr(model, kind).embed(x, slice(0, 1))[:, 0]
+    images = torch.from_numpy(check_images(images))
     with in_test_mode(model):
-        return torch.cat([embed(x) for x in plain_batches(torch.from_numpy(check_images(images)), model.mean, model.std, batch)])
+        mine = [embed(x) for x in plain_batches(images[ranks.spread(len(images))], model.mean, model.std, batch)]
+    return ranks.collected(torch.cat(mine), len(images))
 
 # %% ../nbs/14_two_stage.ipynb #f7de17e0
 def assign(

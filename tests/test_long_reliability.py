@@ -587,17 +587,17 @@ from functools import wraps
 from mice import training
 plain, count = training.em_step, [0]
 
-def planted(model, optimizer, images, *rest):
+def planted(model, optimizer, views, cfg):
     count[0] += 1
     if count[0] == 20:
         PLANT
-    return plain(model, optimizer, images, *rest)
+    return plain(model, optimizer, views, cfg)
 
 training.em_step = training.fit.__globals__['em_step'] = planted
 """
 IN_KERNEL = dict(
     queue="model.queue.embeddings[3, 2, 1] = float('nan')",
-    image="model.mean[0] = float('nan')",  # every image of the batch, once it is standardised
+    image="views[0][7] = float('nan')",  # one image of the batch
 )
 
 
@@ -613,6 +613,6 @@ def test_nan_through_the_command(what, tmp_path, record):
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     where = r"in epoch 4, step 1, at learning rate 0.4" if what != "lr" else r"in epoch 1, step \d, at learning rate \S+"
-    assert re.fullmatch(rf"mice: the loss is nan .* {where}: lower lr, or lengthen warmup; last checkpoint: (\S+|none yet)", last), last
+    assert re.fullmatch(rf"mice: the loss or its gradient is NaN or infinite {where}: lower lr, or lengthen warmup; last checkpoint: (\S+|none yet)", last), last
     assert what == "lr" or last.endswith("epoch00004-step000000")
     record("the command stops with exit code 3 and one line", last, 1, 1, name=f"command_nan_{what}")

@@ -336,7 +336,7 @@ def test_float32_is_accurate():
         assert abs(mice_objective(*tensors, p.tau, p.kappa).loss.item() - wanted) <= 1e-6 * max(1, abs(wanted)), p
         exact = gradients(objective_in_float64, tensors, p.tau, p.kappa)
         for got, true, scale in zip(gradients(mice_objective, tensors, p.tau, p.kappa), exact, (p.tau, p.kappa, p.tau)):
-            floor = 0.1 / scale  # gradients are sums of terms of size 1/tau that may cancel to nothing
+            floor = 0.2 / scale  # gradients are sums of terms of size 1/tau that may cancel to nothing
             assert (got - true).norm() <= 1e-5 * max(true.norm().item(), floor), p
 
 
