@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Images', 'check_images', 'duplicates', 'resize', 'protocol', 'digits', 'numbered', 'read_npz', 'from_arrays',
-           'from_npz', 'drawn', 'take', 'fit_and_judge']
+           'from_npz', 'drawn', 'chosen', 'take', 'fit_and_judge']
 
-# %% ../nbs/08_data.ipynb #d4860a9f
+# %% ../nbs/08_data.ipynb #e7ee9fb3
 import hashlib, zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +16,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn.functional import interpolate
 
+from .cache import pieces, room
 from .core import generator, require
 
-# %% ../nbs/08_data.ipynb #965ae5d3
+# %% ../nbs/08_data.ipynb #ca095cf4
 class Images(NamedTuple):
-    "A dataset in memory."
+    "A dataset."
     name: str  # for tables and file names
     images: np.ndarray  # (M, H, W, C) uint8, C = 1 or 3
     labels: np.ndarray | None  # (M,) int64 classes 0 .. C-1, and -1 for an image without one; or None
@@ -40,14 +41,15 @@ def check_images(
     require(good, f"images must have shape (M, H, W, C) with C = 1 or 3, none of them 0, got {images.shape}")
     return images
 
-# %% ../nbs/08_data.ipynb #36c7784b
+# %% ../nbs/08_data.ipynb #ac40f214
 def duplicates(
     images: np.ndarray,  # (M, H, W, C) uint8
 ) -> int:  # images equal, byte for byte, to an earlier one
     "How many images repeat an earlier one."
-    return len(images) - len({hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images})
+    digests = (hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
+    return len(images) - len(np.unique(np.fromiter(digests, "V16", len(images))))
 
-# %% ../nbs/08_data.ipynb #797e0f49
+# %% ../nbs/08_data.ipynb #01f4e907
 def resize(
     images: np.ndarray,  # (M, H, W, C) uint8
     size: int,  # new height and width, pixels
@@ -56,13 +58,12 @@ def resize(
     require(size > 0, f"size must be at least 1 pixel, got {size}")
     if images.shape[1:3] == (size, size):
         return images
-    resized = np.empty((len(images), size, size, images.shape[-1]), np.uint8)
+    resized = room((len(images), size, size, images.shape[-1]))
     shrinks = size < min(images.shape[1:3])
-    for start in range(0, len(images), 1000):
-        some = slice(start, start + 1000)
-        x = torch.tensor(images[some]).permute(0, 3, 1, 2).float()  # (1000, C, H, W)
+    for some in pieces(max(images, resized, key=lambda x: x.nbytes)):
+        x = torch.tensor(images[some]).permute(0, 3, 1, 2).float()  # (n, C, H, W)
         x = interpolate(x, size=(size, size), mode="bicubic", antialias=shrinks, align_corners=False)
-        resized[some] = x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        resized[some] = x.round_().clamp_(0, 255).byte().permute(0, 2, 3, 1).numpy()
     return resized
 
 # %% ../nbs/08_data.ipynb #5ef6d7f6
@@ -140,7 +141,7 @@ def from_npz(
     data = from_arrays(Path(path).stem, read_npz(path))
     return data._replace(images=resize(data.images, image_size)) if image_size else data
 
-# %% ../nbs/08_data.ipynb #5636ec33
+# %% ../nbs/08_data.ipynb #41003f5c
 def drawn(
     name: str,  # of the dataset
     count: int,  # images there are
@@ -150,18 +151,31 @@ def drawn(
     require(n <= count, f"subset must be at most {count}, the images there are to fit in {name}, got {n}")
     return torch.randperm(count, generator=generator("subset", name))[: n or count].sort().values.numpy()
 
+# %% ../nbs/08_data.ipynb #34bdf604
+def chosen(
+    images: np.ndarray,  # (M, H, W, C) uint8
+    places: np.ndarray,  # (m,) rising
+) -> np.ndarray:  # (m, H, W, C) uint8; `images` itself, or a view, if it can be
+    "Some of the images."
+    if len(places) == len(images):
+        return images
+    if len(places) and places[-1] - places[0] == len(places) - 1:
+        return images[places[0] : places[-1] + 1]
+    found = room((len(places), *images.shape[1:]))
+    for some in pieces(found):
+        found[some] = images[places[some]]
+    return found
 
+# %% ../nbs/08_data.ipynb #cfcc68fd
 def take(
     data: Images,
     places: np.ndarray,  # (m,) rising
     says: str,  # the protocol
-) -> Images:  # `data` itself, not a copy, if that is what is asked for
+) -> Images:
     "Some of the images; where one of them has no label, none has."
-    every = len(places) == len(data.images)
-    labels, test = (x if x is None or every else x[places] for x in (data.labels, data.test))
+    labels, test = (x if x is None else x[places] for x in (data.labels, data.test))
     labels = None if labels is None or (labels < 0).any() else labels
-    images = data.images if every else data.images[places]
-    return data._replace(images=images, labels=labels, test=test, protocol=says)
+    return data._replace(images=chosen(data.images, places), labels=labels, test=test, protocol=says)
 
 # %% ../nbs/08_data.ipynb #1e597955
 def fit_and_judge(

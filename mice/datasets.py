@@ -6,7 +6,7 @@
 __all__ = ['CIFAR', 'SOURCES', 'NAMES', 'CIFAR10_CLASSES', 'DOGS', 'DOGS_EACH', 'Source', 'official_cifar', 'official_stl',
            'official', 'fetch', 'named', 'dogs_folder', 'imagenet_dogs', 'find', 'load', 'report']
 
-# %% ../nbs/08b_datasets.ipynb #57493e36
+# %% ../nbs/08b_datasets.ipynb #4b452154
 import difflib, pickle, re, sys, tarfile, zlib
 from collections import Counter
 from http.client import HTTPException
@@ -17,6 +17,7 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from torchvision.datasets.utils import check_integrity
 
+from .cache import on_disk
 from .core import Config, require
 from .data import Images, digits, duplicates, fit_and_judge, from_arrays, from_npz, protocol, read_npz, resize
 from .folders import ENDINGS, from_folder, read_images, some
@@ -222,14 +223,15 @@ def load(
     first = sized(fitted)
     return first, first if judged is fitted else sized(judged)
 
-# %% ../nbs/08b_datasets.ipynb #9d28cb24
+# %% ../nbs/08b_datasets.ipynb #cc4b025b
 def report(
     data: Images,  # the images to fit
     cfg: Config,
 ) -> list[str]:  # lines to print before a run
     "What is about to be clustered, how large it is, who judges, and whatever is odd about it."
     M, *sizes = data.images.shape
-    lines = [f"{data.name}: {M} images of {' x '.join(map(str, sizes))}, {data.images.nbytes / 1e6:.1f} MB in memory", f"protocol: {data.protocol}"]
+    where = "on disk" if on_disk(data.images) else "in memory"
+    lines = [f"{data.name}: {M} images of {' x '.join(map(str, sizes))}, {data.images.nbytes / 1e6:.1f} MB {where}", f"protocol: {data.protocol}"]
     lines += [f"note: {note}" for note in data.notes]
     K, C = cfg.n_clusters, len(data.classes)
     if C and K != C:

@@ -6,11 +6,12 @@
 __all__ = ['FORMATS', 'ENDINGS', 'MOST_FOLDERS', 'GREY', 'MOST_BYTES', 'MOST_PIXELS', 'MOST_SCANS', 'SCAN', 'FORMAT', 'TEST',
            'VALIDATION', 'TRAIN', 'count', 'shown', 'some', 'some_files', 'Note', 'note_of', 'left_out', 'left_out_csv',
            'entries', 'walk', 'find_images', 'to_rgb', 'square', 'why', 'check_file', 'check_image', 'decode',
-           'attempt', 'decode_all', 'content', 'fingerprint', 'cache_folder', 'recall', 'keep', 'Decoded',
-           'read_images', 'layout', 'annotated', 'from_folder']
+           'attempt', 'each', 'decode_all', 'content', 'fingerprint', 'Decoded', 'read_images', 'layout', 'annotated',
+           'from_folder']
 
-# %% ../nbs/08a_folders.ipynb #aecbeca3
+# %% ../nbs/08a_folders.ipynb #44545516
 import csv, hashlib, io, json, os, re, stat, sys, warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +19,11 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
+from .cache import in_bytes, kept, recall
 from .core import require
 from .data import Images, numbered, protocol
-from .ledger import sha256, whole_file
 
 # %% ../nbs/08a_folders.ipynb #fa2a89fa
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # none that starts another program, as EPS would
@@ -224,28 +226,33 @@ def attempt(
     except Exception as error:
         return why(error)
 
-# %% ../nbs/08a_folders.ipynb #ae149c37
+# %% ../nbs/08a_folders.ipynb #c29fb3b9
+def each(
+    work: Callable[[str], object],
+    names: list[str],
+    threads: int,  # they change the time, not the result
+) -> Iterator:  # results, in order
+    "Work on names by several threads, a few at a time."
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(names), 500):
+            yield from pool.map(work, names[start : start + 500])
+
+# %% ../nbs/08a_folders.ipynb #20bbb0a9
 def decode_all(
     folder: Path,
     names: list[str],  # (M,) paths from the folder
     size: int,  # height and width, pixels
     crop: bool = True,  # as for `square`
-    threads: int = 1,  # they change the time, not the result
-) -> tuple[np.ndarray, dict]:  # (M', size, size, 3) uint8; place -> reason for each of the M - M' files left out
-    "Decode files to one array."
-    images, skipped = np.empty((len(names), size, size, 3), np.uint8), {}
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+    threads: int = 1,
+) -> Iterator[np.ndarray | str]:  # (size, size, 3) uint8, or why there is none, for each file
+    "Decode files one after the other; a bar on stderr if it takes long."
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for i, result in enumerate(pool.map(lambda name: attempt(folder / name, size, crop), names)):
-            if isinstance(result, str):
-                skipped[i] = result
-            else:
-                images[i] = result
-    return np.delete(images, list(skipped), 0) if skipped else images, skipped
+        yield from tqdm(each(lambda name: attempt(folder / name, size, crop), names, threads), folder.name, len(names), leave=False, unit="image", delay=5)
 
-# %% ../nbs/08a_folders.ipynb #543aae19
-FORMAT = 2  # raise it when the same files should give other pixels
+# %% ../nbs/08a_folders.ipynb #b8824ad0
+FORMAT = 3  # raise it when the same files should give other pixels
 
 
 def content(
@@ -259,7 +266,7 @@ def content(
     except (OSError, ValueError) as error:
         return why(error)
 
-# %% ../nbs/08a_folders.ipynb #7087ab27
+# %% ../nbs/08a_folders.ipynb #2c9e6222
 def fingerprint(
     folder: Path,
     names: list[str],  # paths from the folder
@@ -267,47 +274,10 @@ def fingerprint(
     threads: int = 1,
 ) -> str:  # 40 hexadecimal digits
     "The key of a decoded folder: equal only if names, contents and recipe are."
-    with ThreadPoolExecutor(threads) as pool:
-        contents = list(pool.map(lambda name: content(folder / name), names))
-    text = json.dumps([FORMAT, PIL.__version__, recipe, names, contents])
-    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
-
-
-def cache_folder() -> Path:
-    "MICE_CACHE, or XDG_CACHE_HOME/mice, or ~/.cache/mice; deleting it is always safe."
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get("MICE_CACHE") or Path(home) / "mice")
-
-# %% ../nbs/08a_folders.ipynb #cc8ecd10
-def recall(
-    key: str,  # of `fingerprint`
-) -> tuple[np.ndarray, dict] | None:  # what was kept; None if there is nothing, or it is damaged
-    "An array from the cache, its bytes verified; they stay in the file until they are used."
-    try:
-        record = json.loads((cache_folder() / f"{key}.json").read_text())
-        images = np.load(cache_folder() / f"{key}.npy", mmap_mode="c", allow_pickle=False)
-        if images.dtype != np.uint8 or list(images.shape) != record["shape"] or sha256(images) != record["sha256"]:
-            return None
-        return np.asarray(images), {int(place): reason for place, reason in record["skipped"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
-        return None
-
-# %% ../nbs/08a_folders.ipynb #3927343f
-def keep(
-    key: str,  # of `fingerprint`
-    images: np.ndarray,  # (M', S, S, 3) uint8
-    skipped: dict,  # place -> reason
-) -> tuple:  # notes: empty, or why it could not be kept
-    "Put an array into the cache, its record last."
-    record = dict(shape=images.shape, sha256=sha256(images), skipped=skipped)
-    try:
-        with whole_file(cache_folder() / f"{key}.npy") as file:
-            np.save(file, images)
-        with whole_file(cache_folder() / f"{key}.json") as file:
-            file.write(json.dumps(record).encode())
-    except OSError as error:
-        return (f"the decoded images could not be cached ({error.strerror}), the next start decodes them again",)
-    return ()
+    digest = hashlib.blake2b(json.dumps([FORMAT, PIL.__version__, recipe]).encode(), digest_size=20)
+    for name, found in zip(names, each(lambda name: content(folder / name), names, threads)):
+        digest.update(json.dumps([name, found]).encode())
+    return digest.hexdigest()
 
 # %% ../nbs/08a_folders.ipynb #b98a3909
 class Decoded(NamedTuple):
@@ -316,7 +286,7 @@ class Decoded(NamedTuple):
     names: list  # (M',) the files they come from
     notes: tuple
 
-# %% ../nbs/08a_folders.ipynb #14770b32
+# %% ../nbs/08a_folders.ipynb #c265e21e
 def read_images(
     folder: Path,
     names: list[str],  # (M,) paths from the folder
@@ -325,14 +295,12 @@ def read_images(
     threads: int = 1,
 ) -> Decoded:
     "Decode files once; announced on stderr, kept in the cache."
-    megabytes = len(names) * size * size * 3 / 1e6
-    print(f"{folder.name}: {count(len(names), 'image file')}, {megabytes:.1f} MB in memory at {size} x {size} x 3", file=sys.stderr)
-    key, notes = fingerprint(folder, names, [size, crop], threads), ()
-    kept = recall(key)
-    if kept is None:
-        kept = decode_all(folder, names, size, crop, threads)
-        notes = keep(key, *kept)
-    images, skipped = kept
+    files, shape = count(len(names), "image file"), (len(names), size, size, 3)
+    print(f"{folder.name}: {files}, {in_bytes(np.prod(shape, dtype=float))} at {size} x {size} x 3", file=sys.stderr)
+    key = fingerprint(folder, names, [size, crop], threads)
+    if found := recall(key):
+        print(f"{folder.name}: decoded before, taken from the cache", file=sys.stderr)
+    images, skipped, notes = (*found, ()) if found else kept(key, shape, lambda: decode_all(folder, names, size, crop, threads))
     bad = [(names[i], reason) for i, reason in skipped.items()]
     require(len(images) > 0, f"{folder.name} must hold at least one image that can be read, got none of {count(len(names), 'file')}: {some_files(bad)}")
     notes += note_of(f"{len(bad)} of {count(len(names), 'file')} could not be read", bad)

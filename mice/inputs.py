@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GREYS', 'byte_values', 'channels_last', 'Source', 'typical', 'headers', 'from_files', 'from_folder', 'from_items',
-           'from_array', 'opened', 'with_channels']
+           'from_array', 'opened', 'luma', 'with_channels']
 
-# %% ../nbs/14b_inputs.ipynb #9c6e36a6
+# %% ../nbs/14b_inputs.ipynb #3be0d158
 import math, warnings
 from collections.abc import Callable, Iterator
 from os.path import abspath, commonpath
@@ -18,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .cache import pieces, room
 from .core import require
 from .data import resize
 from .folders import Decoded, check_file, find_images, read_images, square, to_rgb
 
-# %% ../nbs/14b_inputs.ipynb #8fd6632a
+# %% ../nbs/14b_inputs.ipynb #d148e574
 def byte_values(
     x: np.ndarray,  # numbers of any type
     white: int | None = None,  # the value of white, 1 or 255; None: decided by the largest value
@@ -31,14 +32,16 @@ def byte_values(
     if x.dtype == np.uint8:
         return x, white
     require(x.dtype.kind in "fiu", f"X must hold bytes, whole numbers or floats, got {x.dtype}")
-    bad = int((~np.isfinite(x)).sum())
+    bad = sum(int((~np.isfinite(x[some])).sum()) for some in pieces(x))
     require(bad == 0, f"X must be finite, got {bad} NaN or infinite of {x.size} values")
     low, high = float(x.min()), float(x.max())
     advice = f": divide by the largest value there can be, X / {high:g}" if 0 <= low and 1 < high < 64 else ": give the images as they are, not standardised" * (low < 0)
     wanted = f"0 to {white}, as in fit" if white else "0 to 1 or 0 to 255"
     require(0 <= low and high <= (white or 255) and (white or high <= 1 or high >= 64), f"X must hold numbers from {wanted}, got {low:g} to {high:g}{advice}")
-    white = white or (1 if high <= 1 else 255)
-    return np.rint(x * (255 / white)).astype(np.uint8), white
+    white, found = white or (1 if high <= 1 else 255), room(x.shape)
+    for some in pieces(x):
+        found[some] = np.rint(x[some] * (255 / white))
+    return found, white
 
 # %% ../nbs/14b_inputs.ipynb #5674985d
 def channels_last(
@@ -166,15 +169,23 @@ def opened(
     countable = hasattr(X, "__getitem__") and hasattr(X, "__len__")  # as a Dataset is, which may have no other end
     return from_items([X[i] for i in range(len(X))] if countable else list(X), white, threads)
 
-# %% ../nbs/14b_inputs.ipynb #e047b9c2
+# %% ../nbs/14b_inputs.ipynb #1deedf33
+def luma(
+    images: np.ndarray,  # (M, H, W, 3) uint8
+) -> np.ndarray:  # (M, H, W, 1) uint8
+    "How bright a colour looks (ITU-R BT.601)."
+    r, g, b = (images[..., i].astype(np.uint32) for i in range(3))  # (M, H, W) each
+    return ((19595 * r + 38470 * g + 7471 * b + 2**15) >> 16).astype(np.uint8)[..., None]
+
+
 def with_channels(
     images: np.ndarray,  # (M, H, W, 1 or 3) uint8
     C: int,  # channels wanted, 1 or 3
 ) -> np.ndarray:  # (M, H, W, C) uint8
-    "Grey repeated, or colour as its luma (ITU-R BT.601); a colour that is grey keeps its value."
+    "Grey repeated, or colour as its luma; a colour that is grey keeps its value."
     if images.shape[-1] == C:
         return images
-    if C == 3:
-        return images.repeat(3, -1)
-    r, g, b = (images[..., i].astype(np.uint32) for i in range(3))  # (M, H, W) each
-    return ((19595 * r + 38470 * g + 7471 * b + 2**15) >> 16).astype(np.uint8)[..., None]
+    found = room((*images.shape[:-1], C))
+    for some in pieces(max(images, found, key=lambda x: x.nbytes)):
+        found[some] = images[some] if C == 3 else luma(images[some])
+    return found
