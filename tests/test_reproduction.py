@@ -149,7 +149,7 @@ def test_diverged_run_exits_with_3_and_leaves_no_row(tmp_path):
     done = mice("reproduce", "digits", "--out", tmp_path, *sets(**TINY, lr="1e30", warmup=0))
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 3, done.stderr
-    assert "the loss is nan" in last and "in epoch 1, step " in last and "at learning rate 1e+" in last and "last checkpoint: none yet" in last
+    assert "the loss or its gradient is NaN or infinite" in last and "in epoch 1, step " in last and "at learning rate 1e+" in last and "last checkpoint: none yet" in last
     assert "Traceback" not in done.stderr and not (tmp_path / "ledger").exists()
 
 
