@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TUNED', 'FORMAT', 'PERSONAL', 'power_of_two', 'settings', 'forecast', 'in_words', 'Parameters', 'seeds', 'goes_on',
-           'config_of', 'doubts', 'plan', 'one_start', 'check_starts', 'Learner', 'Fitting', 'Answers', 'facts_of',
-           'digest', 'readable', 'read_model', 'MiCE', 'restored']
+           'check_same', 'config_of', 'doubts', 'plan', 'one_start', 'check_starts', 'Found', 'Learner', 'Asked',
+           'Prepared', 'prepared', 'trials', 'chosen', 'Comparing', 'Fitting', 'Answers', 'facts_of', 'digest',
+           'readable', 'read_model', 'MiCE', 'restored']
 
-# %% ../nbs/15_estimator.ipynb #47118b2a
-import hashlib, json, math, time, warnings
-from collections.abc import Callable
+# %% ../nbs/15_estimator.ipynb #f8a9aeb9
+import hashlib, json, math, warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -26,15 +27,17 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-# %% ../nbs/15_estimator.ipynb #1d0367af
+# %% ../nbs/15_estimator.ipynb #d8683ae7
 from .checkpoints import Keeper, listening
+from .choosing import Comparison, Row, candidates, compare, recommend
 from .core import Config, config_from, key, require
 from .folders import left_out, some_files
-from .health import Health, look
+from .forecast import forecast as foreseen
+from .health import Health
 from .inputs import Source, opened, with_channels
 from .ledger import sha256, whole_file
 from .official import load_official
-from .training import Epoch, MiCEModel, Prediction, all_warned, begin, cpu_threads, em_step, find_device, m_step, predict, train
+from .training import Epoch, MiCEModel, Prediction, all_warned, cpu_threads, em_step, find_device, m_step, predict, train
 
 # %% ../nbs/15_estimator.ipynb #0c59f8fc
 def power_of_two(
@@ -65,23 +68,13 @@ def settings(
         epochs=epochs, batch_size=batch, warmup=min(10, max(1, epochs // 10)),
     )
 
-# %% ../nbs/15_estimator.ipynb #1459734a
+# %% ../nbs/15_estimator.ipynb #f9c535d2
 def forecast(
     images: np.ndarray,  # (M, S, S, C) uint8
     cfg: Config,
 ) -> float:  # seconds
     "How long training will take here, from some real steps of a run that is thrown away."
-    run = begin(MiCEModel, images, cfg)
-    data = torch.from_numpy(images[: max(256, cfg.batch_size)]).to(run.model.mean.device)
-    ends, now = [], time.perf_counter
-    with cpu_threads(cfg.threads):
-        while len(ends) < 3 or len(ends) < 12 and ends[-1] - ends[0] < 2:  # seconds
-            em_step(run.model, run.optimizer, data[: cfg.batch_size], cfg, 1, len(ends)).item()  # .item() waits for the device
-            ends.append(now())
-        started = now()
-        look(run.model, 1, [1] * cfg.n_clusters, data, cfg)
-        health = now() - started
-    return cfg.epochs * (len(images) // cfg.batch_size * float(np.median(np.diff(ends))) + health)
+    return foreseen(images, cfg).seconds
 
 # %% ../nbs/15_estimator.ipynb #8d1a8795
 def in_words(
@@ -93,13 +86,13 @@ def in_words(
             return f"{seconds / size:.0f} {name}"
     return f"{seconds:.0f} seconds"
 
-# %% ../nbs/15_estimator.ipynb #285a2e11
+# %% ../nbs/15_estimator.ipynb #7e7d258c
 class Parameters(BaseEstimator):
     "What can be decided before the images are seen."
 
     def __init__(
         self,
-        n_clusters: int = 10,  # K, at least 2
+        n_clusters: object = 10,  # K, at least 2; or several to choose from: a list, a range, '5..20' (both included), 'auto'
         *,
         preset: str = "auto",  # what decides whatever is None below: 'auto' for `settings`, 'paper' for the paper's values
         arch: str | None = None,  # trunk, one of `encoders.ARCHS`
@@ -145,16 +138,27 @@ def goes_on(
     "Whether a fit begins with what the last one learned."
     return est.warm_start and hasattr(est, "model_")
 
-# %% ../nbs/15_estimator.ipynb #4d7bd383
+# %% ../nbs/15_estimator.ipynb #c03ceb4a
+def check_same(
+    was: Config,  # of the model there is
+    now: Config,
+) -> None:
+    "ValueError unless a model fits settings."
+    for name in ("arch", "n_clusters", "dim", "nu"):
+        old, new = getattr(was, name), getattr(now, name)
+        require(old == new, f"warm_start goes on with the model there is: {name} must stay {old!r}, got {new!r}")
+
+# %% ../nbs/15_estimator.ipynb #f74ed7f9
 def config_of(
     est: Parameters,
     source: Source,
     seed: int,
+    **decided: object,  # parameters, instead of the estimator's own
 ) -> Config:  # every decision
     "Given values first, then those of a model to go on from, then the preset's."
     require(est.preset in ("auto", "paper"), f"preset must be 'auto' or 'paper', got {est.preset!r}")
     python = lambda value: value.item() if isinstance(value, np.generic) else value
-    given = {name: python(getattr(est, name)) for name in (*TUNED, "n_clusters", "threads") if getattr(est, name) is not None}
+    given = {name: python(getattr(est, name)) for name in (*TUNED, "n_clusters", "threads") if getattr(est, name) is not None} | decided
     device, K = find_device(est.device), given["n_clusters"]
     require(isinstance(K, int) and K >= 2, f"n_clusters must be a whole number of at least 2, got {K!r}")
     require(source.count >= K, f"X must have at least n_clusters = {K} images, got {source.count}")
@@ -162,9 +166,8 @@ def config_of(
     if goes_on(est):
         chosen |= {name: getattr(est.config_, name) for name in "arch image_size views dim tau kappa nu ema".split()}
     cfg = config_from(chosen | given | dict(seed=seed, device=str(device), dataset="X", data=""))
-    for name in ("arch", "n_clusters", "dim", "nu") if goes_on(est) else ():
-        was, now = getattr(est.config_, name), getattr(cfg, name)
-        require(was == now, f"warm_start goes on with the model there is: {name} must stay {was!r}, got {now!r}")
+    if goes_on(est):
+        check_same(est.config_, cfg)
     return cfg
 
 # %% ../nbs/15_estimator.ipynb #0cac71ed
@@ -191,33 +194,43 @@ def plan(
     facts = f"{cfg.arch} trunk at {cfg.image_size} px, {cfg.views} views, queue {cfg.nu}, {cfg.epochs} epochs of {steps} steps of {cfg.batch_size} images"
     return f"MiCE: {M} images of {' x '.join(map(str, shape))}, {cfg.n_clusters} clusters: {facts}\nMiCE: about {in_words(expected)} on {cfg.device}" + f" for {starts} starts" * (starts > 1)
 
-# %% ../nbs/15_estimator.ipynb #a0c2d6cb
+# %% ../nbs/15_estimator.ipynb #e0fdad76
 def one_start(
     est: Parameters,
     images: np.ndarray,  # (M, S, S, C) uint8
     cfg: Config,
+    trial: bool = False,  # one of many: its own place for checkpoints, no bar, no callback
 ) -> tuple[MiCEModel, list[Epoch]]:
     "Train once."
     again = lambda cfg, mean, std: deepcopy(est.model_)
-    first = again if goes_on(est) else MiCEModel
-    work = (first, em_step, m_step, images, cfg, est.callback or (lambda model, epoch: None), bool(est.verbose))
+    first, told = again if goes_on(est) else MiCEModel, est.callback if not trial else None
+    work = (first, em_step, m_step, images, cfg, told or (lambda model, epoch: None), bool(est.verbose) and not trial)
     if est.checkpoint is None:
         return train(*work)
-    home = Path(est.checkpoint).expanduser() / f"seed{cfg.seed}"
+    home = Path(est.checkpoint).expanduser() / (f"trials/k{cfg.n_clusters}-" * trial + f"seed{cfg.seed}")
     with listening(Keeper(home, sha256(images), cfg.checkpoint)) as keeper:
         return train(*work, watcher=keeper)
 
-# %% ../nbs/15_estimator.ipynb #c86f9b30
+# %% ../nbs/15_estimator.ipynb #74a66710
 def check_starts(
     est: Parameters,
 ) -> None:
     "ValueError for wishes that contradict each other."
     require(isinstance(est.n_init, Integral) and est.n_init >= 1, f"n_init must be a whole number of at least 1, got {est.n_init!r}")
     require(not (est.warm_start and est.n_init > 1), "warm_start goes on from one model: n_init must be 1")
+    require(not (est.warm_start and not isinstance(est.n_clusters, Integral)), f"warm_start goes on from one model: n_clusters must be one number, got {est.n_clusters!r}")
     require(not (est.checkpoint and est.warm_start), "a checkpoint begins with the run's first step: give either checkpoint or warm_start")
     require(not (est.checkpoint and est.random_state is None), "an interrupted fit is found again by its seed: checkpoint needs random_state")
 
-# %% ../nbs/15_estimator.ipynb #c9eb4cdb
+# %% ../nbs/15_estimator.ipynb #c8952f14
+class Found(NamedTuple):
+    "Predictions, and which images they are about."
+    images: np.ndarray  # (M', S, S, C) uint8, as the model sees them
+    files: list  # (M',) where they come from; empty for arrays
+    notes: tuple  # what was left out and why, for `folders.left_out`
+    prediction: Prediction  # its row i is image i of these
+
+# %% ../nbs/15_estimator.ipynb #be3fcf7a
 class Learner(Parameters):
     "What is known once there is a model."
 
@@ -234,33 +247,102 @@ class Learner(Parameters):
         with cpu_threads(self.threads):
             return predict(self.model_, images, self.config_)
 
+# %% ../nbs/15_estimator.ipynb #6c7774b5
+class Asked(Learner):
+    "What it says of images."
+
+    def findings(self, X: object) -> Found:  # X as for `opened`
+        "What the model says of all images that can be read."
+        check_is_fitted(self, "model_")
+        images, files, notes = opened(X, self.white_, self.threads).read(self.config_.image_size)
+        images = with_channels(images, len(self.model_.mean))
+        return Found(images, files, notes, self.judge(images))
+
     def ask(self, X: object) -> Prediction:  # X as for `opened`
         "What the model says of images; row i is image i, so a file that cannot be read raises ValueError."
-        check_is_fitted(self, "model_")
-        images, _, notes = opened(X, self.white_, self.threads).read(self.config_.image_size)
-        require(not left_out(notes), f"every file must be readable to be predicted, got some that are not: {some_files(left_out(notes))}")
-        return self.judge(with_channels(images, len(self.model_.mean)))
+        found = self.findings(X)
+        bad = left_out(found.notes)
+        require(not bad, f"every file must be readable to be predicted, got some that are not: {some_files(bad)}; findings(X) leaves them out")
+        return found.prediction
 
-# %% ../nbs/15_estimator.ipynb #ef7526ac
-class Fitting(Learner):
+# %% ../nbs/15_estimator.ipynb #9854de98
+class Prepared(NamedTuple):
+    "All that is known before the first step."
+    source: Source
+    images: np.ndarray  # (M, S, S, C) uint8
+    files: list  # (M,) where they come from; empty for arrays
+    notes: tuple  # what was left out
+    ks: list[int]  # numbers of clusters to choose from; usually one
+    starts: list[int]  # seeds
+
+# %% ../nbs/15_estimator.ipynb #d9ab0673
+def prepared(
+    est: Learner,
+    X: object,  # as for `opened`
+) -> Prepared:
+    "Read the images; ValueError for wishes that cannot be met, before time is spent."
+    check_starts(est)
+    source, starts = opened(X, threads=est.threads), seeds(est.random_state, max(3, est.n_init))
+    ks = candidates(est.n_clusters, source.count)
+    cfgs = [config_of(est, source, starts[0], n_clusters=K) for K in ks[::-1]]  # the largest first, it is the first to fail
+    images, files, notes = source.read(cfgs[0].image_size)
+    images = with_channels(images, len(est.model_.mean) if goes_on(est) else source.shape[-1])
+    doubts(len(images), cfgs[0])
+    return Prepared(source, images, files, notes, ks, starts)
+
+# %% ../nbs/15_estimator.ipynb #8f6aade7
+def trials(
+    est: Learner,
+    data: Prepared,
+) -> Comparison:
+    "Short runs of each number of clusters; what they will cost is said before."
+    full = [config_of(est, data.source, seed, n_clusters=K) for K in data.ks for seed in data.starts]
+    cfgs = [config_of(est, data.source, cfg.seed, n_clusters=cfg.n_clusters, epochs=max(1, cfg.epochs // 3)) for cfg in full]
+    if est.verbose:
+        cost = f"{len(cfgs)} runs of {cfgs[0].epochs} epochs, at most about {in_words(forecast(data.images, cfgs[-1]) * len(cfgs))}"
+        print(f"MiCE: comparing {', '.join(map(str, data.ks))} clusters: {cost}")
+    return compare(data.images, cfgs, lambda cfg: one_start(est, data.images, cfg, trial=True), bool(est.verbose))
+
+# %% ../nbs/15_estimator.ipynb #0a2cafe9
+def chosen(
+    est: Learner,
+    data: Prepared,
+) -> tuple[Comparison | None, int]:  # the comparison if there was one; K
+    "How many clusters."
+    if len(data.ks) == 1:
+        return None, data.ks[0]
+    comparison = trials(est, data)
+    K, sentence = recommend(comparison)
+    if est.verbose:
+        print(f"MiCE: {sentence}")
+    return comparison, K
+
+# %% ../nbs/15_estimator.ipynb #c5eec391
+class Comparing(Asked):
+    "An estimator that can choose."
+
+    def compare(self, X: object) -> Comparison:  # X as for `opened`
+        "The trials alone, without a fit."
+        return trials(self, prepared(self, X))
+
+# %% ../nbs/15_estimator.ipynb #b9b7c09b
+class Fitting(Comparing):
     "An estimator that can learn."
 
-    def fit(self, X, y=None):  # X as for `opened`; y is ignored
+    def fit(self, X: object, y: object = None) -> "Fitting":  # X as for `opened`; y is ignored
         "Cluster images."
-        check_starts(self)
-        source = opened(X, threads=self.threads)
-        cfgs = [config_of(self, source, seed) for seed in seeds(self.random_state, self.n_init)]
-        found = source.read(cfgs[0].image_size)
-        images = with_channels(found.images, len(self.model_.mean) if goes_on(self) else source.shape[-1])
-        said = [*found.notes, *doubts(len(images), cfgs[0])]
+        data = prepared(self, X)
+        self.comparison_, K = chosen(self, data)
+        cfgs = [config_of(self, data.source, seed, n_clusters=K) for seed in data.starts[: self.n_init]]
+        said = [*data.notes, *doubts(len(data.images), cfgs[0])]
         for sentence in said:
             warnings.warn(sentence, stacklevel=2)
         if self.verbose:
-            print(plan(images, source.shape, cfgs[0], self.n_init))
-        runs = [(cfg, *one_start(self, images, cfg)) for cfg in cfgs]
+            print(plan(data.images, data.source.shape, cfgs[0], self.n_init))
+        runs = [(cfg, *one_start(self, data.images, cfg)) for cfg in cfgs]
         self.start_losses_ = [history[-1].loss for _, _, history in runs]
-        self.adopt(*runs[int(np.argmin(self.start_losses_))], source.white, said)
-        self.files_, posterior = found.names, self.judge(images).log_posterior.exp()  # (M, K)
+        self.adopt(*runs[int(np.argmin(self.start_losses_))], data.source.white, said)
+        self.files_, posterior = data.files, self.judge(data.images).log_posterior.exp()  # (M, K)
         self.probabilities_, self.labels_ = (column.numpy() for column in posterior.max(-1))
         return self
 
@@ -268,15 +350,15 @@ class Fitting(Learner):
 class Answers(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Fitting):
     "The questions scikit-learn's users ask."
 
-    def predict_proba(self, X) -> np.ndarray:  # (M, K) float64, rows sum to 1
+    def predict_proba(self, X: object) -> np.ndarray:  # (M, K) float64, rows sum to 1
         "Posterior p(z | x, y) of each cluster."
         return self.ask(X).log_posterior.double().softmax(-1).numpy()
 
-    def predict(self, X) -> np.ndarray:  # (M,) int64
+    def predict(self, X: object) -> np.ndarray:  # (M,) int64
         "The most likely cluster of each image."
         return self.predict_proba(X).argmax(-1)
 
-    def transform(self, X) -> np.ndarray:  # (M, K * D) float32 rows of norm 1
+    def transform(self, X: object) -> np.ndarray:  # (M, K * D) float32 rows of norm 1
         "What all experts see in each image."
         f = self.ask(X).embeddings  # (M, K, D)
         return (f.flatten(1) / math.sqrt(f.shape[1])).numpy()
@@ -291,7 +373,7 @@ class Answers(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, F
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
 
-# %% ../nbs/15_estimator.ipynb #55101de0
+# %% ../nbs/15_estimator.ipynb #f8308bad
 FORMAT = 1  # raise it when older files can no longer be read
 PERSONAL = ("callback", "checkpoint", "random_state", "verbose")  # parameters that are no property of the model
 
@@ -303,7 +385,8 @@ def facts_of(
     parameters = {name: value for name, value in est.get_params().items() if name not in PERSONAL}
     history = [epoch._asdict() for epoch in est.history_]
     facts = dict(format=FORMAT, parameters=parameters, config=asdict(est.config_), white=est.white_, notes=est.notes_, history=history)
-    return json.loads(json.dumps(facts, default=np.generic.item))
+    facts["comparison"] = [row._asdict() for row in est.comparison_.rows] if getattr(est, "comparison_", None) else []
+    return json.loads(json.dumps(facts, default=lambda value: value.tolist() if hasattr(value, "tolist") else list(value)))
 
 
 def digest(
@@ -318,7 +401,7 @@ def digest(
 @contextmanager
 def readable(
     path: Path,  # the file that is being read
-):
+) -> Iterator[None]:
     "Whatever is wrong with a file becomes one line that names it."
     try:
         yield
@@ -338,7 +421,7 @@ def read_model(
     require(facts.pop("sha256") == digest(tensors, facts), "its content was changed")
     return tensors, facts
 
-# %% ../nbs/15_estimator.ipynb #444f8ed5
+# %% ../nbs/15_estimator.ipynb #e155132e
 class MiCE(Answers):
     "Unsupervised clustering of images by a mixture of contrastive experts."
 
@@ -347,6 +430,7 @@ class MiCE(Answers):
         check_is_fitted(self, "model_")
         tensors = {f"model.{name}": x.detach().cpu().contiguous() for name, x in self.model_.state_dict().items()}
         tensors |= {name: torch.from_numpy(getattr(self, name)) for name in ("labels_", "probabilities_") if hasattr(self, name)}
+        tensors |= {"comparison": torch.from_numpy(self.comparison_.clusters)} if getattr(self, "comparison_", None) else {}
         facts = facts_of(self)
         with whole_file(path) as file:
             file.write(save(tensors, {"mice": json.dumps(facts | dict(sha256=digest(tensors, facts)))}))
@@ -362,7 +446,7 @@ class MiCE(Answers):
         model, cfg = load_official(path, dataset)
         return cls(cfg.n_clusters, preset="paper", device=device).adopt(cfg, model, [], None)
 
-# %% ../nbs/15_estimator.ipynb #5b0b4723
+# %% ../nbs/15_estimator.ipynb #21e58624
 def restored(
     cls: type,  # MiCE, or a class made from it
     path: Path,
@@ -379,6 +463,7 @@ def restored(
         model, est = MiCEModel(cfg, state["mean"], state["std"]), cls(**facts["parameters"] | dict(device=device))
         model.load_state_dict(state)
         est.adopt(cfg, model, history, facts["white"], facts["notes"])
-        for name in tensors.keys() & {"labels_", "probabilities_"}:
-            setattr(est, name, tensors[name].numpy())
+        rows = [Row(**row) for row in facts.get("comparison", [])]  # older files have none
+        est.comparison_ = Comparison(rows, tensors["comparison"].numpy()) if rows else None
+        vars(est).update({name: tensors[name].numpy() for name in tensors.keys() & {"labels_", "probabilities_"}})
     return est

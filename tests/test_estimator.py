@@ -70,7 +70,7 @@ from dataclasses import replace
 import mice.estimator as e
 from mice.data import digits
 decide = e.config_of
-e.config_of = lambda *facts: replace(decide(*facts), checkpoint=1e-9)  # seconds
+e.config_of = lambda *facts, **decided: replace(decide(*facts, **decided), checkpoint=1e-9)  # seconds
 def end(model, epoch):
     if epoch.epoch == 3: os.kill(os.getpid(), 9)
 e.MiCE(3, epochs=4, image_size=8, dim=8, random_state=0, verbose=False, checkpoint=sys.argv[1], callback=end).fit(digits(8).images[:120])
@@ -180,6 +180,9 @@ def test_files_that_cannot_be_read(model, tmp_path):
     with pytest.raises(ValueError, match="05.png"):
         found.predict(tmp_path)
     np.testing.assert_array_equal(found.predict(found.files_), found.labels_)
+    others = found.findings(tmp_path)
+    assert others.files == found.files_ and [path for path, _ in estimator.left_out(others.notes)] == ["05.png"]
+    np.testing.assert_array_equal(others.prediction.log_posterior.argmax(-1), found.labels_)
     os.remove(tmp_path / "05.png")
     np.testing.assert_array_equal(found.predict(tmp_path), found.labels_)
 
@@ -236,6 +239,9 @@ def test_a_file_with_other_contents_is_refused_in_one_line(model, tmp_path):
         with pytest.raises(ValueError, match="model.safetensors is not a model that can be used: .+") as refusal:
             MiCE.load(path)
         assert "\n" not in str(refusal.value)
+    older = {name: value for name, value in facts.items() if name != "comparison"}  # as written before there were comparisons
+    path.write_bytes(estimator.save(tensors, {"mice": estimator.json.dumps(older | {"sha256": estimator.digest(tensors, older)})}))
+    assert MiCE.load(path).comparison_ is None
     with pytest.raises(FileNotFoundError):
         MiCE.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="device must be"):
