@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-long notebooks export clean-notebooks readme lab docs wheel
+.PHONY: help setup reproduce test test-long notebooks export clean-notebooks readme lab docs dist
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -36,16 +36,17 @@ clean-notebooks: .venv/.ready ## strip metadata that only makes noise in a diff
 readme: .venv/.ready ## write README.md from nbs/index.ipynb
 	$(BIN)/python tests/readme.py
 
-lab: .venv/.ready ## open the notebooks in JupyterLab; it prints its address
-	$(BIN)/jupyter-lab --no-browser --ip=127.0.0.1 --ServerApp.root_dir=nbs
+lab: .venv/.ready ## open the notebooks in JupyterLab; without a screen it prints its address
+	$(BIN)/jupyter-lab $(if $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname)),,--no-browser) --ip=127.0.0.1 --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
-docs: .venv/.ready ## render the site to _docs/
+docs: .venv/.ready ## render the site to _docs/ (needs Quarto)
 	@command -v quarto > /dev/null || { echo "make docs needs Quarto: install it from https://quarto.org/docs/get-started" >&2; exit 1; }
-	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
-	$(BIN)/python tests/readme.py
+	$(BIN)/python tests/pages.py
+	cd _proc && PATH="$(abspath $(BIN)):$$PATH" quarto render --no-cache
+	rm -rf _docs && mv _proc/_docs _docs
 
-wheel: .venv/.ready ## build dist/mice-*.whl
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+dist: .venv/.ready ## build the wheel and the source archive into dist/
+	$(BIN)/python -m build --no-isolation --outdir dist .
 
 .venv/.ready: requirements.lock settings.ini setup.py
 	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python" >&2; exit 1; }

@@ -1,15 +1,30 @@
 """Package metadata, all of it read from settings.ini (the one place where it is written)."""
 
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("reproduce", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("reproduce", "tensorboard", "dev")}
+
+
+class WithReproduction(build_py):
+    "A wheel also carries the reproduction notebook and its experiments, for `mice reproduce` without a checkout."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            home, to = here / "nbs" / "reproduction", Path(self.build_lib) / cfg["lib_path"] / "reproduction"
+            to.mkdir(parents=True, exist_ok=True)
+            for path in (home / "reproduce.ipynb", *home.glob("*.yaml")):
+                shutil.copyfile(path, to / path.name)
+
 
 setup(
     name=cfg["lib_name"],
@@ -22,14 +37,18 @@ setup(
     license_expression=cfg["license"],
     license_files=["LICENSE"],
     keywords=cfg["keywords"],
+    classifiers=["Typing :: Typed"],
     url=cfg["git_url"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["mice", "mice.*"]),
+    package_data={cfg["lib_path"]: ["py.typed", "page/*"]},
+    include_package_data=False,
     install_requires=cfg["requirements"].split(),
     extras_require={**extras, "all": sorted({r for group in extras.values() for r in group})},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
     },
+    cmdclass={"build_py": WithReproduction},
     zip_safe=False,
 )

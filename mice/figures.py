@@ -33,7 +33,7 @@ def style() -> None:
     })
 
 def circle_axes(
-    ax,  # matplotlib axes
+    ax: plt.Axes,  # matplotlib axes
 ) -> None:
     "A bare unit circle to place 2-D unit vectors on."
     angle = np.linspace(0, 2 * np.pi, 200)
@@ -50,7 +50,7 @@ def ink(
 
 # %% ../nbs/16_figures.ipynb #d5019fc0
 def loss_panel(
-    ax,  # matplotlib axes
+    ax: plt.Axes,  # matplotlib axes
     history: list[dict],  # one per epoch: epoch, loss, lr
     bounds: tuple[float, float] | None,  # smallest and largest possible loss; drawn if in view
 ) -> None:
@@ -69,7 +69,7 @@ def loss_panel(
 
 # %% ../nbs/16_figures.ipynb #4966ba55
 def share_panel(
-    ax,  # matplotlib axes
+    ax: plt.Axes,  # matplotlib axes
     history: list[dict],  # one per epoch: epoch, sizes
     k: int,  # clusters among which a balanced run would share the images
 ) -> None:

@@ -11,7 +11,7 @@ __all__ = ['DTYPES', 'ALLOWED', 'PUSH', 'MAKE', 'PUT', 'MOST', 'MOST_BYTES', 'Fe
 
 # %% ../nbs/10a_official.ipynb #ce1787a1
 import io, math, pickletools, zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -429,7 +429,7 @@ def fill(
 @contextmanager
 def blame(
     path: Path,  # the file that is being read
-):
+) -> Iterator[None]:
     "Whatever is wrong with a file becomes one line that names it."
     try:
         yield

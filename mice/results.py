@@ -123,17 +123,17 @@ class Group(NamedTuple):
     settings: dict  # all decisive parameters
     rows: list  # by seed
 
-    def best_of(self, score):
+    def best_of(self, score: str) -> list:
         "Mean, std, best of a score in per cent, None where there are no labels."
         found = describe("x", [row["metrics"][score] for row in self.rows]).values()
         return [None if value is None else 100 * value for value in found]
 
     @property
-    def names(self):
+    def names(self) -> tuple:
         return tuple(row.get("name") or run_name(row["config"], row["method"]) for row in self.rows)
 
     @property
-    def code(self):
+    def code(self) -> str:
         "Four digits of the hash at the end of the runs' names."
         return self.names[0].split("-")[-1][:4]
 
@@ -521,7 +521,7 @@ def cost_table(
 
 # %% ../nbs/18_results.ipynb #41e8e1df
 def chance_line(
-    ax,  # matplotlib axes with ACC in per cent along x
+    ax: plt.Axes,  # matplotlib axes with ACC in per cent along x
     K: int,  # classes, equally frequent
 ) -> None:
     "A dashed line at the accuracy of guessing."
@@ -530,7 +530,7 @@ def chance_line(
 
 
 def ablation_dots(
-    ax,  # matplotlib axes
+    ax: plt.Axes,  # matplotlib axes
     i: int,  # height of the line
     group: Group,  # a variant's runs
 ) -> None:
@@ -576,11 +576,11 @@ def shown(
 
 # %% ../nbs/18_results.ipynb #074ceb19
 def thin_and_mean(
-    ax,  # matplotlib axes
+    ax: plt.Axes,  # matplotlib axes
     x: list,  # along the horizontal axis
     lines: list[list],  # one per seed, as long as x
     colour: tuple,  # of all of them
-    **look,  # of the mean
+    **look: object,  # of the mean
 ) -> None:
     "Each seed as a thin line, their mean as a thick one."
     ax.plot(x, np.array(lines).T, color=colour, lw=0.7, alpha=0.4)
@@ -588,7 +588,7 @@ def thin_and_mean(
 
 # %% ../nbs/18_results.ipynb #d9e1bc57
 def stage_panel(
-    ax,  # matplotlib axes
+    ax: plt.Axes,  # matplotlib axes
     found: dict,  # name of a method -> (its runs, its colour)
 ) -> None:
     "ACC after the first, the middle and the last epoch."

@@ -15,10 +15,13 @@ def markdown() -> str:
     notebook.metadata["language_info"] = {"name": "python"}  # nbdev_clean removes it; it colours the code
     hidden = lambda cell: cell.cell_type == "raw" or exported(cell) or "hide" in directives(cell)
     notebook.cells = [cell for cell in notebook.cells if not hidden(cell)]
+    from_root = lambda text: LINK.sub(lambda m: m[1] + ("nbs/" + m[2]).replace("nbs/../", ""), text)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = LINK.sub(lambda m: m[1] + ("nbs/" + m[2]).replace("nbs/../", ""), cell.source)
+            cell.source = from_root(cell.source)
         else:
+            for data in (output.get("data", {}) for output in cell.outputs):
+                data.update({kind: from_root(text) for kind, text in data.items() if kind == "text/markdown"})
             if "echo: false" in directives(cell):
                 cell.metadata["transient"] = {"remove_source": True}
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)

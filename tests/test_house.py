@@ -19,17 +19,21 @@ LAYERS = [
     "gating experts estep mstep",
     "normalizer",
     "elbo",
-    "encoders views data metrics ledger",
-    "folders figures health",
-    "datasets training inputs",
-    "two_stage official checkpoints",
+    "encoders views metrics ledger ranks",
+    "cache engine figures health",
+    "data",
+    "folders training",
+    "datasets inputs two_stage official checkpoints forecast choosing tensorboard bench",
     "methods results",
     "estimator",
+    "report",
+    "cluster",
     "cli",
+    "__main__",
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer.split()}
 MATHEMATICS = "core gating experts estep mstep normalizer elbo".split()
-DRAWS = {"cli", "estimator", "results"}  # besides notebooks, only these import figures
+DRAWS = {"choosing", "cli", "estimator", "report", "results"}  # besides notebooks, only these import figures
 
 
 def contents(folder) -> dict:

@@ -1,18 +1,25 @@
-"""The site without Quarto: formulas, links, anchors and callouts of the pages as nbdev prepares them."""
+"""The site without Quarto: formulas, links, anchors and callouts of the pages as `make docs` prepares them."""
 
+import ast
 import json
+import os
 import re
+import shutil
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
+import pages as site_pages
 import pypandoc
 import pytest
-from house import NBS, ROOT, copy_sources, in_site, notebooks, run, settings
+import yaml
+from house import BIN, NBS, ROOT, copy_sources, in_site, notebooks, run, settings
 
-PROCESS = "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True)"
+MAKE = shutil.which("make") or "make"
+QUARTO = """#!/bin/sh
+echo "$@" > called; mkdir _docs; echo "a stand-in for Quarto was here" > _docs/index.html
+"""
 # What pandoc forgives and KaTeX or JupyterLab does not.
 FOREIGN = re.compile(
     r"\\(newcommand|renewcommand|def|label|ref|eqref|tag|nonumber|mbox)\b"
@@ -22,10 +29,24 @@ FOREIGN = re.compile(
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> Path:
-    "The notebooks as Quarto would get them: docstrings shown, hidden cells gone, names linked."
-    copy = copy_sources(tmp_path_factory.mktemp("site") / "mice")
-    run(sys.executable, "-c", PROCESS, cwd=copy)
+    "What Quarto would get of `make docs`: docstrings shown, hidden cells gone, names linked, pages of modules and equations added."
+    folder = tmp_path_factory.mktemp("site")
+    copy, quarto = copy_sources(folder / "mice"), folder / "bin" / "quarto"
+    shutil.copy2(ROOT / "Makefile", copy)
+    quarto.parent.mkdir()
+    quarto.write_text(QUARTO)
+    quarto.chmod(0o755)
+    env = os.environ | dict(PATH=f"{quarto.parent}{os.pathsep}{os.environ['PATH']}")
+    run(MAKE, "-o", ".venv/.ready", f"BIN={BIN}", "docs", cwd=copy, env=env)
+    assert (copy / "_proc" / "called").read_text() == "render --no-cache\n"
+    assert "stand-in" in (copy / "_docs" / "index.html").read_text()
     return copy / "_proc"
+
+
+def test_without_quarto_one_line_says_where_to_get_it(tmp_path):
+    (tmp_path / "sh").symlink_to("/bin/sh")
+    done = subprocess.run([MAKE, "-o", ".venv/.ready", "docs"], cwd=ROOT, env=dict(PATH=str(tmp_path)), capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "https://quarto.org" in done.stderr.splitlines()[0]
 
 
 def cells(path: Path) -> list[dict]:
@@ -34,7 +55,9 @@ def cells(path: Path) -> list[dict]:
 
 
 def markdown(path: Path) -> str:
-    "The prose of a prepared notebook, and what its cells show as markdown, such as docstrings."
+    "The prose of a prepared page, and what its cells show as markdown, such as docstrings."
+    if path.suffix != ".ipynb":
+        return path.read_text(encoding="utf-8")
     parts = []
     for cell in cells(path):
         parts += [cell["source"]] if cell["cell_type"] == "markdown" else []
@@ -83,17 +106,17 @@ def targets(text: str) -> list[str]:
     return [unquote(c[-1][0]) for t, c in parsed(text)[1] if t in ("Link", "Image")]
 
 
-def broken_links(text: str, folder: Path, anchors_of) -> list[str]:
-    "Relative links to nowhere; `anchors_of` gives the anchors of a notebook, or of this text for None."
+def broken_links(text: str, folders: list[Path], anchors_of) -> list[str]:
+    "Relative links to nowhere, seen from any of the folders; `anchors_of` gives the anchors of a page, or of this text for None."
     found = []
     for target in targets(text):
         if re.match(r"[a-z]+:", target):
             continue
         name, _, anchor = target.partition("#")
-        file = (folder / name).resolve() if name else None
-        if file and not file.exists():
+        file = next((f for f in ((folder / name).resolve() for folder in folders) if f.exists()), None)
+        if name and file is None:
             found.append(target)
-        elif anchor and (file is None or file.suffix == ".ipynb") and anchor not in anchors_of(file):
+        elif anchor and (not name or file.suffix in (".ipynb", ".qmd")) and anchor not in anchors_of(file if name else None):
             found.append(target)
     return found
 
@@ -103,22 +126,61 @@ def test_formulas_and_callouts(path, pages):
     check_formulas(markdown(pages / in_site(path)))
 
 
+def check_links(text: str, pages: Path, folder: str) -> None:
+    "`folder` is where the page lies in the site; a file that is no page, such as a row of the ledger, is looked for in the project."
+    anchors_of = lambda file: anchors(text if file is None else markdown(file))
+    found = broken_links(text, [pages / folder, NBS / folder], anchors_of)
+    assert not found, f"links to nowhere: {found}"
+
+
 @pytest.mark.parametrize("path", notebooks(), ids=in_site)
 def test_links(path, pages):
     text = markdown(pages / in_site(path))
-    anchors_of = lambda file: anchors(text if file is None else markdown(pages / in_site(file)))
-    found = broken_links(text, path.parent, anchors_of)
+    check_links(text, pages, Path(in_site(path)).parent)
     home = "{doc_host}{doc_baseurl}/".format(**settings())  # nbdev links names in backticks to pages there
     openings = ["".join(cells(page)[0]["source"]) for page in pages.rglob("*.ipynb")]
     built = re.findall(r"^output-file: (\S+)", "\n".join(openings), flags=re.M)
-    found += [t for t in targets(text) if t.startswith(home) and t.removeprefix(home).split("#")[0] not in built]
+    found = [t for t in targets(text) if t.startswith(home) and t.removeprefix(home).split("#")[0] not in built]
     assert not found, f"links to nowhere: {found}"
 
 
 def test_links_of_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     anchors_of = lambda file: anchors(text if file is None else markdown(file))
-    assert not broken_links(text, ROOT, anchors_of)
+    assert not broken_links(text, [ROOT], anchors_of)
+
+
+def test_generated_pages(pages):
+    "Every public name of every module has a place, and every link of these pages leads somewhere."
+    for page in (pages / "equations.qmd", *sorted((pages / "api").iterdir())):
+        check_formulas(markdown(page))
+        check_links(markdown(page), pages, page.parent.relative_to(pages))
+    for module in site_pages.documented():
+        tree = ast.parse(site_pages.text_of(module))
+        (names,) = (ast.literal_eval(s.value) for s in tree.body if isinstance(s, ast.Assign) and s.targets[0].id == "__all__")
+        lost = set(names) - anchors(markdown(pages / "api" / f"{module}.qmd"))
+        assert not lost, f"names of {module} without a place on its page: {lost}"
+
+
+def test_equations_lead_to_functions_and_back(pages):
+    text, linked = markdown(pages / "equations.qmd"), "\n".join(map(markdown, pages.rglob("*.ipynb")))
+    for number, function in {4: "gating.qmd#log_gate", 8: "estep.qmd#log_posterior", 11: "elbo.qmd#mice_objective", 13: "mstep.qmd#PrototypeSum"}.items():
+        module, name = function.split(".qmd#")
+        (section,) = re.findall(rf"^## Eq. \({number}\) .*?(?=^## |\Z)", text, flags=re.M | re.S)
+        assert "$$" in section and f"api/{function}" in section and re.search(r"\]\(0\d_\w+\.ipynb#", section), section
+        assert f"equations.qmd#equation-{number})" in markdown(pages / "api" / f"{module}.qmd")
+    assert linked.count("(equations.qmd#equation-13)") > 5, "the notebooks' prose leads to the equations"
+
+
+def test_the_paths_of_the_sidebar_are_on_the_landing_page(pages):
+    contents = yaml.safe_load((pages / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    paths = {part["section"]: part["contents"] for part in contents if isinstance(part, dict)}
+    assert list(paths) == ["Follow the paper", "Reproduce", "Use it on your images", "Reference"]
+    landing = markdown(pages / "index.ipynb")
+    missing = [page for name, path in paths.items() if name != "Reference" for page in path if page not in targets(landing)]
+    assert not missing, f"run nbs/index.ipynb again: it does not link {missing}"
+    written = [page for page in paths["Reference"] if isinstance(page, str)]
+    assert all((pages / page).is_file() for page in written) and list(pages.glob(paths["Reference"][-1]["contents"]))
 
 
 def test_these_checks_can_fail():
@@ -129,4 +191,4 @@ def test_these_checks_can_fail():
             check_formulas(bad)
     text = "## A heading\n\n[a](#a-heading) [b](#nowhere) [c](00_notation.ipynb) [d](missing.ipynb) "
     text += "![e](images/none.png) [f](https://mice.example)"
-    assert broken_links(text, NBS, lambda file: anchors(text)) == ["#nowhere", "missing.ipynb", "images/none.png"]
+    assert broken_links(text, [NBS], lambda file: anchors(text)) == ["#nowhere", "missing.ipynb", "images/none.png"]
