@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['pack', 'check_fits', 'unpack', 'sync_write', 'stem', 'canonical', 'numbers', 'write', 'contents', 'read', 'manifests',
            'newest', 'set_aside', 'differing', 'elsewhere', 'restore', 'claim', 'tidy', 'reserved', 'Terminated',
-           'Interrupted', 'superfluous', 'free_bytes', 'write_or_say', 'Saver', 'from_first', 'Keeper', 'listening']
+           'Interrupted', 'superfluous', 'free_bytes', 'write_or_say', 'Saver', 'Keeper', 'listening']
 
-# %% ../nbs/12_checkpoints.ipynb #b418c501
+# %% ../nbs/12_checkpoints.ipynb #26822d2c
 import hashlib, json, os, shutil, signal, stat, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -247,7 +246,7 @@ def tidy(
     for path in [*orphans, *folder.glob(".*.tmp")]:
         path.unlink(missing_ok=True)
 
-# %% ../nbs/12_checkpoints.ipynb #f4672d2f
+# %% ../nbs/12_checkpoints.ipynb #92fed559
 @contextmanager
 def reserved(
     folder: Path,  # of checkpoints
@@ -335,16 +334,7 @@ class Saver:
         if self.thread.is_alive():
             self.thread.join()
 
-# %% ../nbs/12_checkpoints.ipynb #f6d3b667
-def from_first(
-    thing: object,  # of this process
-) -> object:  # of the first one
-    "What the first process holds."
-    box = [thing]
-    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-    return box[0]
-
-# %% ../nbs/12_checkpoints.ipynb #1e464c67
+# %% ../nbs/12_checkpoints.ipynb #5c98e4f4
 class Keeper(Saver, Watcher):
     "Saves a run as it goes, puts it back, and stops it in good order when a signal asks."
 
@@ -354,7 +344,7 @@ class Keeper(Saver, Watcher):
         for line in restore(run, self.folder, self.data) if ranks.first() else ():
             self.say(line)
         if ranks.size() > 1:
-            unpack(run, *from_first(pack(run)))
+            unpack(run, *ranks.of_all(pack(run) if ranks.first() else None)[0])
 
     def told(self, run: Run) -> bool:
         "Whether to stop here; several processes decide together, on GPUs every fifty steps."
@@ -376,7 +366,7 @@ class Keeper(Saver, Watcher):
         if time.monotonic() - self.saved >= self.every:
             self.save(run)
 
-# %% ../nbs/12_checkpoints.ipynb #32c29899
+# %% ../nbs/12_checkpoints.ipynb #2106385f
 @contextmanager
 def listening(keeper: Keeper) -> Iterator[Keeper]:
     "Inside, the first SIGTERM or SIGINT asks the run to stop; a second one is obeyed at once."

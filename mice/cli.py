@@ -373,7 +373,7 @@ class Headed(click.Command):
             with formatter.section(title):
                 formatter.write_dl([option.get_help_record(ctx) for option in own + more])
 
-# %% ../nbs/17_cli.ipynb #8187b7f9
+# %% ../nbs/17_cli.ipynb #374b75a3
 @main.command("cluster", cls=Headed, short_help="Sort a folder of images into clusters.", params=[click.Argument(["folder"], type=click.Path(path_type=Path), shell_complete=folders), *RESULT, *TRAINING, *RUNNING])
 def cluster_command(folder, out, k, epochs, size, sets, as_json, dry_run, quiet, **wishes):
     """Sort the images below FOLDER into clusters.
@@ -382,7 +382,10 @@ def cluster_command(folder, out, k, epochs, size, sets, as_json, dry_run, quiet,
     """
     def run():
         from mice.cluster import Wishes, cluster, foreseen, foreseen_in_words, told
+        from mice.core import require
 
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        require(alone, "mice cluster is one process; to train on several, give the folder to mice reproduce: --set dataset=FOLDER")
         settings = pairs(sets) | {name: value for name, value in dict(epochs=epochs, image_size=size).items() if value is not None}
         wanted = Wishes(int(k) if k.isdecimal() else k, settings=settings, **wishes)
         with working(quiet):
@@ -396,7 +399,7 @@ def cluster_command(folder, out, k, epochs, size, sets, as_json, dry_run, quiet,
             click.echo("\n".join(foreseen_in_words(facts) if dry_run else told(facts)))
     guarded(run)
 
-# %% ../nbs/17_cli.ipynb #e11909b8
+# %% ../nbs/17_cli.ipynb #90feb9a0
 @main.command("predict", short_help="Find the clusters of more images.", params=[DEVICE, THREADS, JSON])
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path), shell_complete=folders)
@@ -404,10 +407,13 @@ def cluster_command(folder, out, k, epochs, size, sets, as_json, dry_run, quiet,
 def predict_command(model, folder, out, device, threads, as_json):
     "Sort the images below FOLDER into the clusters of MODEL, a model or the folder of a result."
     def run():
+        from mice import ranks
         from mice.cluster import answer, predicted, write
 
-        with working():
+        with working(), ranks.joined(device):
             rows, notes = predicted(model, folder, device, threads)
+            if not ranks.first():
+                return
             for note in notes:
                 print(note)
         content = answer(rows, notes, as_json)

@@ -24,12 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/17a_cluster.ipynb #e0dc5871
+# %% ../nbs/17a_cluster.ipynb #6db09d4e
+from . import ranks
 from .choosing import Comparison, candidates, draw_scores, recommend
+from .cache import in_bytes
 from .choosing import table as choice_table
 from .core import require
-from .estimator import FORMAT, MiCE, config_of, forecast, in_words
+from .estimator import FORMAT, MiCE, config_of
 from .folders import ENDINGS, count, left_out, left_out_csv, note_of, read_images, some, walk
+from .forecast import forecast, in_words
 from .inputs import from_files, opened, with_channels
 from .ledger import sha256, whole_file
 
@@ -477,7 +480,7 @@ def cluster(
     facts |= dict(choice=choice(est), clusters=sizes(rows, est.config_.n_clusters), unsure=sum(row[2] < 0.5 for row in rows), loss=est.loss_curve_[-1])
     return facts | dict(settings=asdict(est.config_), warnings=est.warnings_, seconds=round(time.monotonic() - began, 1))
 
-# %% ../nbs/17a_cluster.ipynb #4aba90b7
+# %% ../nbs/17a_cluster.ipynb #82613fb7
 def foreseen(
     folder: Path,
     wishes: Wishes,
@@ -488,9 +491,11 @@ def foreseen(
     cfg = config_of(learner(wishes), opened(found.images), wishes.seed, n_clusters=ks[-1])
     trials = len(ks) * max(3, wishes.starts) / 3 if len(ks) > 1 else 0  # of a third of the epochs, as in `MiCE.fit`
     facts = dict(images=len(found.images), skipped=len(left_out(found.notes)), device=cfg.device, n_clusters=ks)
-    return facts | dict(seconds=round(forecast(found.images, cfg) * (wishes.starts + trials), 1), settings=asdict(cfg))
+    cost = forecast(found.images, cfg)
+    facts |= dict(host_bytes=cost.host_bytes, device_bytes=cost.device_bytes)
+    return facts | dict(seconds=round(cost.seconds * (wishes.starts + trials), 1), settings=asdict(cfg))
 
-# %% ../nbs/17a_cluster.ipynb #a071913f
+# %% ../nbs/17a_cluster.ipynb #c1a48b79
 SHOWN = "arch image_size dim views tau kappa nu ema epochs batch_size lr warmup seed".split()
 
 
@@ -500,7 +505,7 @@ def foreseen_in_words(
     "The same in some lines."
     skipped = f", {count(facts['skipped'], 'file')} left out" if facts["skipped"] else ""
     settings = [f"{name:12} {facts['settings'][name]}" for name in SHOWN]
-    return [f"clusters     {', '.join(map(str, facts['n_clusters']))}", *settings, "", f"{facts['images']:,} images{skipped}: about {in_words(facts['seconds'])} on {facts['device']}; nothing was written"]
+    return [f"clusters     {', '.join(map(str, facts['n_clusters']))}", *settings, "", f"{facts['images']:,} images{skipped}: about {in_words(facts['seconds'])} and {in_bytes(facts['host_bytes'])} of memory on {facts['device']}; nothing was written"]
 
 # %% ../nbs/17a_cluster.ipynb #abaa576f
 def model_in(
@@ -515,20 +520,22 @@ def model_in(
     require(not undone, f"{path} must be a model, or a folder that mice cluster wrote, got {state}")
     return MiCE.load(file, device), file
 
-# %% ../nbs/17a_cluster.ipynb #149a11ff
+# %% ../nbs/17a_cluster.ipynb #e6b82384
 def predicted(
     model: Path,  # as for `model_in`
     folder: Path,
     device: str = "auto",
     threads: int = 1,
 ) -> tuple[list[tuple], tuple]:  # rows as from `table`, notes on what was left out
-    "The clusters of the images below a folder."
-    est, folder = model_in(model, device)[0], Path(folder).expanduser()
+    "The clusters of the images below a folder; of several processes, each reads and judges a part."
+    est, folder = model_in(model, ranks.own_device(device))[0], Path(folder).expanduser()
     names, notes = gathered(folder)
+    require(len(names) >= ranks.size(), f"{folder} must hold an image for each of {ranks.size()} processes, got {len(names)}")
     est.set_params(threads=threads)
-    found = read_images(folder.resolve(), names, est.config_.image_size, True, threads)
-    said = est.judge(with_channels(found.images, len(est.model_.mean)))
-    return table(found.names, said.log_posterior), notes + found.notes
+    found = read_images(folder.resolve(), names[ranks.spread(len(names))], est.config_.image_size, True, threads)
+    said = est.judge(with_channels(found.images, len(est.model_.mean)), together=False)
+    parts = ranks.of_all((table(found.names, said.log_posterior), found.notes))
+    return [row for rows, _ in parts for row in rows], sum((more for _, more in parts), notes)
 
 # %% ../nbs/17a_cluster.ipynb #818f5d96
 def answer(

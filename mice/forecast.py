@@ -7,8 +7,8 @@ __all__ = ['ASIDE', 'FIXED', 'Alive', 'Tally', 'Clones', 'StepMemory', 'taken', 
            'memory', 'gentler', 'ways_out', 'check_fits_memory', 'step_seconds', 'Forecast', 'forecast', 'in_words',
            'sentence']
 
-# %% ../nbs/11a_forecast.ipynb #44536ebd
-import math, re, time, weakref
+# %% ../nbs/11a_forecast.ipynb #bea66242
+import os, re, time, weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
@@ -23,12 +23,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# %% ../nbs/11a_forecast.ipynb #5a08baf2
 from .cache import free_memory, in_bytes
-from .core import Config
+from .core import Config, require
 from .elbo import kernel_agrees
 from .engine import cpu_threads, find_device, half_wanted, how_fast
 from .health import look
 from .ledger import peak_memory
+from .ranks import size
 from .training import MiCEModel, StudentTeacher, batch_of, begin, em_step, looking, sgd
 
 # %% ../nbs/11a_forecast.ipynb #d437a7bc
@@ -103,7 +105,7 @@ def taken(
             work(batch_of(images, torch.arange(len(images)), model, cfg, 1, i))
     return StepMemory(state, tally.peak)
 
-# %% ../nbs/11a_forecast.ipynb #79b3b47a
+# %% ../nbs/11a_forecast.ipynb #d2d50fb7
 @cache
 def step_memory(
     cfg: Config,
@@ -112,12 +114,13 @@ def step_memory(
     step: Callable = em_step,  # as for `training.train_epoch`
 ) -> StepMemory:
     "What training takes, without taking it."
+    require(size() == 1, "a forecast is made before the processes of a run join, or without them")
     half = half_wanted(cfg, find_device(cfg.device))
     kernel_agrees(torch.device("cpu"), torch.bfloat16 if half else torch.float32, cfg.dim)
     with FakeTensorMode():
         return taken(cfg, channels, start, step, half, fake=True)
 
-# %% ../nbs/11a_forecast.ipynb #952d9dd7
+# %% ../nbs/11a_forecast.ipynb #d6e0fbb6
 ASIDE, FIXED = 1 / 6, 50e6  # what comes on top of the tensors: a share of them, and bytes
 
 
@@ -136,11 +139,11 @@ class Memory(NamedTuple):
 def free(
     device: torch.device,
 ) -> Memory:  # what a run may take
-    "Memory that is free or ours already, and of the GPU."
+    "Memory that is free, a fair share of it among processes on one machine, or ours already; and of the GPU."
     left = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    return Memory(free_memory() + own_memory(), left)
+    return Memory(free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + own_memory(), left)
 
-# %% ../nbs/11a_forecast.ipynb #ce3b9957
+# %% ../nbs/11a_forecast.ipynb #d4df3f2d
 def memory(
     shape: tuple,  # (M, H, W, C) of the images
     cfg: Config,
@@ -152,15 +155,15 @@ def memory(
 ) -> Memory:
     "What a run will take, without a run."
     (M, *_, C), device = shape, find_device(cfg.device)
-    state, peak = step_memory(replace(cfg, epochs=1, seed=0), C, start, step)
+    part = cfg.batch_size // int(os.environ.get("WORLD_SIZE", 1))
+    state, peak = step_memory(replace(cfg, batch_size=part, epochs=1, seed=0), C, start, step)
     told, base = answers * 4 * M * cfg.n_clusters * (cfg.dim + 1), own_memory() + images
     working = int((1 + ASIDE) * peak + FIXED)
     if device.type == "cpu":
         return Memory(base + max(working + saved * state, state + told))
     rehearsal = 0 if how_fast(cfg, device) == "off" else 2 * state
-    pixels = math.prod((M, cfg.image_size, cfg.image_size, C))
-    resident = pixels if pixels <= free(device).device / 2 else 0
-    return Memory(base + max(saved * state, told), working + rehearsal + resident)
+    pixels = M * cfg.image_size**2 * C
+    return Memory(base + max(saved * state, told), working + rehearsal + pixels * (pixels <= free(device).device / 2))
 
 # %% ../nbs/11a_forecast.ipynb #760a1b3a
 def gentler(

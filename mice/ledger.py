@@ -7,8 +7,8 @@ __all__ = ['PACKAGES', 'NEUTRAL', 'ROW', 'find_root', 'sha256', 'environment', '
            'settings_hash', 'run_name', 'check_number', 'check_metrics', 'check_row', 'whole_file', 'sync_folder',
            'row_path', 'write_row', 'read_rows', 'describe', 'summarise']
 
-# %% ../nbs/13a_ledger.ipynb #fcf73c73
-import hashlib, importlib.util, json, math, os, platform, re, resource, statistics, subprocess, sys
+# %% ../nbs/13a_ledger.ipynb #490dfd50
+import hashlib, importlib.util, json, math, os, platform, re, resource, statistics, subprocess, sys, threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ def find_root(
             return folder
     raise ValueError(f"expected settings.ini with lib_name = mice, and nbs/, in {start.name!r} or above it, found no such folder")
 
-# %% ../nbs/13a_ledger.ipynb #72874847
+# %% ../nbs/13a_ledger.ipynb #ca04dc8c
 def sha256(
     array: np.ndarray,  # numbers of any shape, such as the images of a dataset
 ) -> str:  # 64 hex digits
@@ -43,7 +43,8 @@ def sha256(
     array = np.asarray(array)
     require(array.dtype.kind in "biufc", f"array must hold numbers, got {array.dtype}")
     digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
-    digest.update(np.ascontiguousarray(array))
+    for part in [array] if array.flags.c_contiguous else array:  # never a copy of all
+        digest.update(np.ascontiguousarray(part))
     return digest.hexdigest()
 
 # %% ../nbs/13a_ledger.ipynb #90192f35
@@ -167,7 +168,7 @@ def check_row(
     require(row["config"].get("seed") == row["seed"], f"seed must be that of config, {row['config'].get('seed')}, got {row['seed']}")
     require(datetime.fromisoformat(row["finished"]).utcoffset() == timedelta(0), f"finished must be a time in UTC, got {row['finished']!r}")
 
-# %% ../nbs/13a_ledger.ipynb #1eba7b4a
+# %% ../nbs/13a_ledger.ipynb #832e3c78
 @contextmanager
 def whole_file(
     path: str | Path,  # its folder is created if needed
@@ -175,7 +176,7 @@ def whole_file(
     "A file that is there completely or not at all, even if the process dies or the power fails."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

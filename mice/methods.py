@@ -6,7 +6,7 @@
 __all__ = ['Clustering', 'by_posterior', 'nearest', 'by_features', 'by_pixels', 'save_clustering', 'load_clustering', 'run',
            'expected', 'assist']
 
-# %% ../nbs/14a_methods.ipynb #ff2ea759
+# %% ../nbs/14a_methods.ipynb #1c588f51
 from .training import MiCEModel, StudentTeacher
 import json
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Clustering(NamedTuple):
     seen: dict  # label-free diagnostics: at least sizes, images per cluster
     others: dict = {}  # name of another choice of features -> clusters (M,)
 
-# %% ../nbs/14a_methods.ipynb #03e12a91
+# %% ../nbs/14a_methods.ipynb #029febd9
 def by_posterior(model: MiCEModel, fitted: np.ndarray, judged: np.ndarray, cfg: Config) -> Clustering:
     "MiCE: the most probable expert."
     found = predict(model, judged, cfg)
@@ -111,7 +111,7 @@ def run(
 
     return learn(fitted, cfg, look, progress, watcher)[1]
 
-# %% ../nbs/14a_methods.ipynb #750b9f41
+# %% ../nbs/14a_methods.ipynb #1e91c597
 def expected(
     images: np.ndarray,  # (M, H, W, C) uint8 images to cluster
     cfg: Config,
@@ -120,7 +120,7 @@ def expected(
     if cfg.method == "kmeans":
         return "forecast: no training"
     begun = (MiCEModel, em_step) if cfg.method == "mice" else (MoCoModel, moco_step)
-    return f"forecast: {sentence(forecast(images, cfg, *begun), cfg)}"
+    return f"forecast: {sentence(forecast(images, cfg, *begun, answers=4), cfg)}"
 
 # %% ../nbs/14a_methods.ipynb #8d4d5ae9
 def assist(

@@ -6,9 +6,9 @@
 __all__ = ['BYE', 'ALARM', 'launched', 'rank', 'size', 'first', 'own_device', 'RankLost', 'sentence', 'plainly', 'lines', 'tell',
            'heard', 'listen', 'watched', 'channels', 'joined', 'share', 'gathered', 'summed', 'mean', 'same',
            'averaged', 'over_channels', 'Normalised', 'SyncedBatchNorm', 'synchronised', 'parts', 'spread', 'collected',
-           'broadcast_state', 'agreed', 'first_ahead']
+           'broadcast_state', 'agreed', 'of_all', 'first_ahead']
 
-# %% ../nbs/10c_ranks.ipynb #f7e3e9b2
+# %% ../nbs/10c_ranks.ipynb #10d1f30d
 from collections.abc import Iterator
 from typing import Any
 import hashlib, os, select, socket, sys, threading
@@ -56,7 +56,7 @@ def own_device(
     require(local < count, f"each process needs a GPU of its own: there are {count}, this is process {local + 1}; lower --nproc-per-node, or take device 'cpu'")
     return f"cuda:{local}"
 
-# %% ../nbs/10c_ranks.ipynb #fbd7131d
+# %% ../nbs/10c_ranks.ipynb #261f2f1a
 class RankLost(ChildProcessError):
     "Another process of this run has ended or hangs."
 
@@ -128,7 +128,7 @@ def listen(
             tell(ends, ALARM)
             over.wait(grace) or os._exit(1)
 
-# %% ../nbs/10c_ranks.ipynb #a76c6f60
+# %% ../nbs/10c_ranks.ipynb #bca63f77
 @contextmanager
 def watched(
     grace: float,  # as for `listen`
@@ -146,7 +146,7 @@ def watched(
         for line in ends:
             line.close()
 
-# %% ../nbs/10c_ranks.ipynb #c14cbda4
+# %% ../nbs/10c_ranks.ipynb #1db05dcb
 @contextmanager
 def channels(
     gpu: bool,  # whether tensors on a GPU will travel, too
@@ -162,7 +162,7 @@ def channels(
     finally:
         dist.destroy_process_group()
 
-# %% ../nbs/10c_ranks.ipynb #1872ff7a
+# %% ../nbs/10c_ranks.ipynb #245afeda
 @contextmanager
 def joined(
     device: str = "auto",  # 'auto', 'cpu' or 'cuda'
@@ -253,7 +253,7 @@ def over_channels(
     "Mean of each channel over images and places."
     return x.mean((0, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
-# %% ../nbs/10c_ranks.ipynb #56148915
+# %% ../nbs/10c_ranks.ipynb #3d0ea74b
 class Normalised(Function):
     "Each channel with mean 0 and variance 1 over the images of all processes, which hold equal shares."
 
@@ -347,7 +347,7 @@ def broadcast_state(
         dist.broadcast(whole, 0)
         x.copy_(whole)
 
-# %% ../nbs/10c_ranks.ipynb #97144eb5
+# %% ../nbs/10c_ranks.ipynb #a2dae585
 def agreed(
     number: int,  # of this process, such as that of a signal it was sent, or 0
 ) -> int:  # the same on every rank
@@ -356,6 +356,16 @@ def agreed(
     if size() > 1:
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x.item()
+
+
+def of_all(
+    thing: object,  # of this process: anything pickle can write
+) -> list:  # of every process, in order
+    "What each process holds; for small things, and for what has no shape."
+    found = [thing] * size()
+    if size() > 1:
+        dist.all_gather_object(found, thing)
+    return found
 
 
 @contextmanager

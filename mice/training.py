@@ -387,7 +387,7 @@ def fit(
     "Train MiCE by EM."
     return train(MiCEModel, em_step, m_step, images, cfg, on_epoch, progress, watcher)
 
-# %% ../nbs/11_training.ipynb #8b3615a7
+# %% ../nbs/11_training.ipynb #14b788f7
 class Prediction(NamedTuple):
     "What a model says about images."
     log_posterior: Tensor  # (M, K) log q
@@ -400,11 +400,13 @@ def predict(
     images: np.ndarray,  # (M, H, W[, C]) uint8
     cfg: Config,
     batch: int = 256,  # images at once; does not change the answer
+    together: bool = True,  # of several processes, each takes a part; off: each does all it is given
 ) -> Prediction:
     "Posterior over clusters and embeddings of each image, independent of order and batch unless `released`."
     parts, queue = [], deepcopy(model.queue) if cfg.released else model.queue
     images = torch.from_numpy(check_images(images))
-    mine = slice(0, len(images)) if cfg.released else ranks.spread(len(images))  # of several processes, each takes a part
+    together = together and not cfg.released  # there, the order of all images matters
+    mine = ranks.spread(len(images)) if together else slice(0, len(images))
     with in_test_mode(model):
         for x in plain_batches(images[mine], model.mean, model.std, batch):
             (f, g), v = model.student(x), model.teacher.experts(x)
@@ -413,4 +415,4 @@ def predict(
                 queue.enqueue(v)
             parts.append((result.log_posterior.cpu(), f.cpu()))
     columns = [torch.cat(column) for column in zip(*parts)]
-    return Prediction(*(columns if cfg.released else [ranks.collected(x, len(images)) for x in columns]))
+    return Prediction(*([ranks.collected(x, len(images)) for x in columns] if together else columns))

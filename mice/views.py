@@ -252,15 +252,16 @@ def augment(
     draws = draws_of(images.shape, *parts, views=views, strength=strength)
     return render(images, type(draws)(*(x.to(images.device) for x in draws)))
 
-# %% ../nbs/09_views.ipynb #5447d5bf
+# %% ../nbs/09_views.ipynb #b421ed41
 def channel_stats(
     images: np.ndarray,  # (M, H, W, C) uint8
 ) -> tuple[Tensor, Tensor]:  # mean and standard deviation of each channel, (C,) each, of the range [0, 1]
     "What centres and scales the dataset; a constant channel gets a deviation of 1."
     M, H, W, C = images.shape
     histogram = np.zeros((C, 256), np.int64)
-    for i in range(0, M, 4096):  # in pieces: the images may be larger than the memory
-        histogram += np.stack([np.bincount(images[i : i + 4096, ..., c].ravel(), minlength=256) for c in range(C)])
+    step = max(1, 2**22 // images[0].nbytes)  # 4 MB at once: the images may be larger than the memory
+    for i in range(0, M, step):
+        histogram += np.stack([np.bincount(images[i : i + step, ..., c].ravel(), minlength=256) for c in range(C)])
     share = torch.from_numpy(histogram).double() / (M * H * W)  # (C, 256)
     level = torch.arange(256, dtype=torch.float64) / 255
     mean = share @ level  # (C,)

@@ -33,7 +33,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer.split()}
 MATHEMATICS = "core gating experts estep mstep normalizer elbo".split()
-DRAWS = {"choosing", "cli", "estimator", "report", "results"}  # besides notebooks, only these import figures
+DRAWS = {"choosing", "results"}  # besides notebooks, only these import figures
 
 
 def contents(folder) -> dict:
