@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pack', 'check_fits', 'unpack', 'sync_write', 'stem', 'canonical', 'numbers', 'write', 'contents', 'read', 'manifests',
            'newest', 'set_aside', 'differing', 'elsewhere', 'restore', 'claim', 'tidy', 'reserved', 'Terminated',
-           'Interrupted', 'superfluous', 'free_bytes', 'write_or_say', 'Saver', 'Keeper', 'listening']
+           'Interrupted', 'superfluous', 'free_bytes', 'write_or_say', 'Saver', 'Jointly', 'Keeper', 'listening']
 
 # %% ../nbs/12_checkpoints.ipynb #26822d2c
 import hashlib, json, os, shutil, signal, stat, threading, time
@@ -101,13 +101,13 @@ def canonical(
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return json.dumps(facts | {"digest": digest}, sort_keys=True, indent=1).encode()
 
-# %% ../nbs/12_checkpoints.ipynb #32d528bc
+# %% ../nbs/12_checkpoints.ipynb #5d82b2b5
 def numbers(
     x: Tensor,  # on the CPU
 ) -> np.ndarray:  # its bits; NumPy has no bfloat16
     return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
 
-
+# %% ../nbs/12_checkpoints.ipynb #f60f023b
 def write(
     folder: Path,  # created if needed
     tensors: dict[str, Tensor],  # as from `pack`
@@ -307,7 +307,7 @@ def write_or_say(
         with suppress(OSError):
             tidy(folder)
 
-# %% ../nbs/12_checkpoints.ipynb #d16bb1a1
+# %% ../nbs/12_checkpoints.ipynb #3ddbf6c8
 class Saver:
     "Copies a run at once and writes the copy in the background."
 
@@ -322,8 +322,6 @@ class Saver:
         self.saved, self.thread = time.monotonic(), threading.Thread()
 
     def save(self, run: Run) -> None:
-        if not ranks.first():
-            return
         self.wait()
         tensors, facts = pack(run)
         self.thread = threading.Thread(target=write_or_say, args=(self.folder, tensors, facts | dict(data=self.data), self.say))
@@ -334,15 +332,18 @@ class Saver:
         if self.thread.is_alive():
             self.thread.join()
 
-# %% ../nbs/12_checkpoints.ipynb #5c98e4f4
-class Keeper(Saver, Watcher):
-    "Saves a run as it goes, puts it back, and stops it in good order when a signal asks."
+# %% ../nbs/12_checkpoints.ipynb #9a6ff9f8
+class Jointly(Saver):
+    "A saver among several processes: all begin and stop together, the first one saves."
 
-    asked = 0  # the signal that asked
+    asked = 0  # the signal that asked to stop
 
-    def start(self, run: Run) -> None:
-        for line in restore(run, self.folder, self.data) if ranks.first() else ():
-            self.say(line)
+    def save(self, run: Run) -> None:
+        if ranks.first():
+            super().save(run)
+
+    def hand_on(self, run: Run) -> None:
+        "Put every run where the first one is."
         if ranks.size() > 1:
             unpack(run, *ranks.of_all(pack(run) if ranks.first() else None)[0])
 
@@ -352,6 +353,15 @@ class Keeper(Saver, Watcher):
             return False
         self.asked = ranks.agreed(self.asked)
         return self.asked > 0
+
+# %% ../nbs/12_checkpoints.ipynb #8c8b0b64
+class Keeper(Jointly, Watcher):
+    "Saves a run as it goes, puts it back, and stops it in good order when a signal asks."
+
+    def start(self, run: Run) -> None:
+        for line in restore(run, self.folder, self.data) if ranks.first() else ():
+            self.say(line)
+        self.hand_on(run)
 
     def after_step(self, run: Run) -> None:
         if self.told(run):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'unit', 'check_shapes', 'check_positive', 'check_finite', 'key', 'generator', 'Toy', 'toy', 'ModelConfig',
-           'DataConfig', 'TrainingConfig', 'typed', 'require', 'Config', 'config_from']
+           'DataConfig', 'TrainingConfig', 'MachineConfig', 'typed', 'require', 'Config', 'config_from']
 
 # %% ../nbs/00_notation.ipynb #82ceffc4
 import difflib, hashlib, math
@@ -133,7 +133,7 @@ class DataConfig:
     image_size: int = 32  # side of the square images, pixels
     views: str = "colour"  # 'colour' for photographs, as in the released code; 'affine' for handwriting
 
-# %% ../nbs/00_notation.ipynb #b042ca3b
+# %% ../nbs/00_notation.ipynb #58cd56b3
 @dataclass(frozen=True)
 class TrainingConfig:
     "How the model is trained, and where."
@@ -149,6 +149,11 @@ class TrainingConfig:
     milestones: tuple = (0.48, 0.64, 0.8)  # fractions of training after which lr drops
     lr_drop: float = 0.1  # factor at each milestone
     seed: int = 0  # of everything random
+
+# %% ../nbs/00_notation.ipynb #d2aab3a1
+@dataclass(frozen=True)
+class MachineConfig:
+    "Where a run is computed, and how."
     device: str = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', ...
     threads: int = 1  # CPU threads; more than there are idle cores is far slower
     precision: str = "auto"  # of trunk and queue: 'float32' or 'bfloat16'; 'auto' is bfloat16 on a GPU
@@ -191,9 +196,9 @@ CHOICES = dict(
     compile=("auto", "off", "networks", "step"),
 )
 
-# %% ../nbs/00_notation.ipynb #403c95bf
+# %% ../nbs/00_notation.ipynb #1cff0cf8
 @dataclass(frozen=True)
-class Config(TrainingConfig, DataConfig, ModelConfig):
+class Config(MachineConfig, TrainingConfig, DataConfig, ModelConfig):
     "Everything a run depends on besides the images; wrong types, names and values raise ValueError."
 
     def __post_init__(self):

@@ -6,7 +6,7 @@
 __all__ = ['elbo', 'log_marginal', 'attend_in_chunks', 'attend_fused', 'kernel_agrees', 'attend', 'QueueLogSumExp', 'Objective',
            'mice_objective', 'loss_bounds']
 
-# %% ../nbs/04_elbo.ipynb #0bbaade6
+# %% ../nbs/04_elbo.ipynb #3fee23db
 import math
 from functools import cache
 from typing import Any, NamedTuple
@@ -81,7 +81,7 @@ def attend_fused(
     share = (lse - whole).exp()[..., None]  # (S, K, N, 1)
     return whole.T, (share * mean).sum(0).transpose(0, 1)
 
-# %% ../nbs/04_elbo.ipynb #4d72996d
+# %% ../nbs/04_elbo.ipynb #674cb3e2
 @cache
 def kernel_agrees(
     device: torch.device,
@@ -98,7 +98,7 @@ def kernel_agrees(
     except (AttributeError, RuntimeError):  # no such kernel, or not for these tensors
         return False
 
-
+# %% ../nbs/04_elbo.ipynb #0d64b063
 def attend(
     query: Tensor,  # (N, K, D), here f + mu
     bank: Tensor,  # (V, K, D) keys and values, here the queue
@@ -108,7 +108,7 @@ def attend(
     fused = kernel_agrees(query.device, query.dtype, query.shape[-1])
     return (attend_fused if fused else attend_in_chunks)(query, bank, tau)
 
-# %% ../nbs/04_elbo.ipynb #3103012a
+# %% ../nbs/04_elbo.ipynb #53b57b83
 class QueueLogSumExp(torch.autograd.Function):
     "Log-sum-exp over the bank with `attend`'s mean kept as its gradient: no scores are saved."
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_device', 'cpu_threads', 'determinism', 'half_wanted', 'placed', 'compile_networks', 'plainly', 'copies',
-           'put_back', 'Recorded', 'outcome', 'agree', 'accelerated', 'how_fast']
+           'put_back', 'record', 'Recorded', 'outcome', 'agree', 'tried', 'accelerated', 'how_fast']
 
 # %% ../nbs/10d_engine.ipynb #3afeb142
 import os, warnings
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import ranks
 from .core import Config, require
 
-# %% ../nbs/10d_engine.ipynb #0bd7a0f6
+# %% ../nbs/10d_engine.ipynb #e6da38fa
 def find_device(
     name: str,  # 'auto', or anything torch understands
 ) -> torch.device:
@@ -30,7 +30,7 @@ def find_device(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device must be 'auto' or one that torch can use here, got {name!r}") from error
 
-
+# %% ../nbs/10d_engine.ipynb #3b3cef92
 @contextmanager
 def cpu_threads(
     count: int,  # threads while inside
@@ -60,7 +60,7 @@ def determinism(
         torch.use_deterministic_algorithms(before, warn_only=warned)
         torch.backends.cudnn.benchmark = tried
 
-# %% ../nbs/10d_engine.ipynb #975e6b8b
+# %% ../nbs/10d_engine.ipynb #e120aba0
 def half_wanted(
     cfg: Config,
     device: torch.device,
@@ -70,7 +70,7 @@ def half_wanted(
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return cfg.precision == "bfloat16"
 
-
+# %% ../nbs/10d_engine.ipynb #2f689362
 def placed(
     model: nn.Module,  # with a student, a teacher and a queue; changed in place
     cfg: Config,
@@ -120,43 +120,42 @@ def put_back(
     for x, old in zip(state, kept, strict=True):
         x.copy_(old)
 
-# %% ../nbs/10d_engine.ipynb #214235e7
+# %% ../nbs/10d_engine.ipynb #77f4135f
+def record(
+    work: Callable,  # from a batch to the loss; changes only `state`, in place
+    state: list[Tensor],  # all that the step changes
+    batch: object,  # where the step will find its batches
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:  # the recording, and where it leaves the loss
+    "Three rehearsals beside the main stream, then the recording; `state` is as before."
+    kept, graph, aside = copies(state), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            work(batch)
+    torch.cuda.current_stream().wait_stream(aside)
+    with torch.cuda.graph(graph):
+        loss = work(batch)
+    put_back(state, kept)
+    return graph, loss
+
+# %% ../nbs/10d_engine.ipynb #236c3856
 class Recorded:
     "A step recorded once and repeated without Python: a CUDA graph on a GPU; elsewhere simply the step, with the same rules."
 
-    def __init__(
-        self,
-        work: Callable,  # from a batch to the loss; changes only `state`, in place
-        state: list[Tensor],  # all that the step changes
-        batch: object,  # tensors in tuples, an example
-    ):
-        self.work, self.batch = work, tree_map(torch.clone, batch)
-        self.graph = torch.cuda.CUDAGraph() if tree_leaves(batch)[0].is_cuda else None
-        if self.graph is not None:
-            self.record(copies(state), state)
-
-    def record(self, kept: list[Tensor], state: list[Tensor]) -> None:
-        "Three rehearsals beside the main stream, then the recording; `state` is as before."
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):
-                self.work(self.batch)
-        torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(self.graph):
-            self.loss = self.work(self.batch)
-        put_back(state, kept)
+    def __init__(self, work: Callable, state: list[Tensor], batch: object):  # as for `record`
+        self.batch = tree_map(torch.clone, batch)
+        self.run = lambda: work(self.batch)
+        if tree_leaves(batch)[0].is_cuda:
+            graph, loss = record(work, state, self.batch)
+            self.run = lambda: (graph.replay(), loss.clone())[1]
 
     def __call__(self, batch: object) -> Tensor:  # () loss
         "The step on another batch of the same shape."
         for mine, x in zip(tree_leaves(self.batch), tree_leaves(batch), strict=True):
             mine.copy_(x, non_blocking=True)
-        if self.graph is None:
-            return self.work(self.batch)
-        self.graph.replay()
-        return self.loss.clone()
+        return self.run()
 
-# %% ../nbs/10d_engine.ipynb #ac798c1c
+# %% ../nbs/10d_engine.ipynb #647135c5
 def outcome(
     work: Callable,
     state: list[Tensor],  # all that the step changes; put back
@@ -171,7 +170,7 @@ def outcome(
     finally:
         put_back(state, kept)
 
-
+# %% ../nbs/10d_engine.ipynb #c81f557d
 def agree(
     found: tuple[float, Tensor],  # as from `outcome`
     wanted: tuple[float, Tensor],
@@ -182,7 +181,23 @@ def agree(
     off, far = (move - path).norm().item(), path.norm().item()
     require(off <= 0.1 * far, f"the weights ended {off:.3g} off, on a way of {far:.3g}")
 
-# %% ../nbs/10d_engine.ipynb #7cc17105
+# %% ../nbs/10d_engine.ipynb #e8facfa1
+def tried(
+    name: str,  # for the warning
+    faster: Callable[[], Callable],  # makes the faster step
+    test: Callable[[Callable], None],  # raises if that step is not what it should be
+) -> Callable | None:
+    "The faster step, or a warning why there is none."
+    try:
+        step = faster()
+        test(step)
+        return step
+    except Exception as error:  # compilers raise anything; the plain step needs none of them
+        why = " ".join(str(error).split())[:200]
+        warnings.warn(f"training goes on without {name}: {type(error).__name__}: {why}", stacklevel=3)
+        return None
+
+# %% ../nbs/10d_engine.ipynb #c838a903
 def accelerated(
     work: Callable,  # the plain step: from a batch to the loss
     modules: list[nn.Module],  # that may be compiled
@@ -195,20 +210,13 @@ def accelerated(
     if how == "off":
         return work
     wanted = outcome(work, state, weights, batch)
-    for name, faster in (("compiled networks", lambda: compile_networks(work, modules)), ("a recorded step", lambda: Recorded(work, state, batch))):
-        try:
-            new = faster()
-            agree(outcome(new, state, weights, batch), wanted)
-            work = new
-        except Exception as error:  # compilers raise anything; the plain step needs none of them
-            if name == "compiled networks":
-                plainly(modules)
-            warnings.warn(f"training goes on without {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", stacklevel=2)
-        if how == "networks":
-            break
-    return work
+    test = lambda step: agree(outcome(step, state, weights, batch), wanted)
+    if not tried("compiled networks", lambda: compile_networks(work, modules), test):
+        plainly(modules)
+    recorded = tried("a recorded step", lambda: Recorded(work, state, batch), test) if how == "step" else None
+    return recorded or work
 
-
+# %% ../nbs/10d_engine.ipynb #b2a9f308
 def how_fast(
     cfg: Config,
     device: torch.device,

@@ -347,7 +347,7 @@ def broadcast_state(
         dist.broadcast(whole, 0)
         x.copy_(whole)
 
-# %% ../nbs/10c_ranks.ipynb #a2dae585
+# %% ../nbs/10c_ranks.ipynb #1ccf85c5
 def agreed(
     number: int,  # of this process, such as that of a signal it was sent, or 0
 ) -> int:  # the same on every rank
@@ -357,7 +357,7 @@ def agreed(
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x.item()
 
-
+# %% ../nbs/10c_ranks.ipynb #d5f9995f
 def of_all(
     thing: object,  # of this process: anything pickle can write
 ) -> list:  # of every process, in order

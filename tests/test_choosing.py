@@ -17,6 +17,7 @@ from mice.choosing import Comparison, Row, agreement, candidates, compare, held_
 from mice.core import config_from
 from mice.data import digits
 from mice.estimator import MiCE
+from mice.forecast import Forecast
 from mice.metrics import evaluate
 from mice.training import fit
 
@@ -55,7 +56,7 @@ def test_every_way_to_say_several_can_be_saved(chosen, wish, tmp_path):
 
 
 def test_said_before_and_after(capsys, monkeypatch):
-    monkeypatch.setattr("mice.estimator.forecast", lambda images, cfg: 1.0, raising=False)
+    monkeypatch.setattr("mice.estimator.forecast", lambda images, cfg: Forecast(1.0, 1.0, 1, 0, 1, 0))
     MiCE(**QUICK | dict(verbose=True, epochs=1)).fit(FEW)
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("MiCE: comparing 2, 3 clusters: 6 runs of 1 epochs") and "clusters are recommended" in said[1], said

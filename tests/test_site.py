@@ -157,7 +157,7 @@ def test_generated_pages(pages):
         check_links(markdown(page), pages, page.parent.relative_to(pages))
     for module in site_pages.documented():
         tree = ast.parse(site_pages.text_of(module))
-        (names,) = (ast.literal_eval(s.value) for s in tree.body if isinstance(s, ast.Assign) and s.targets[0].id == "__all__")
+        (names,) = (ast.literal_eval(s.value) for s in tree.body if isinstance(s, ast.Assign) and getattr(s.targets[0], "id", "") == "__all__")
         lost = set(names) - anchors(markdown(pages / "api" / f"{module}.qmd"))
         assert not lost, f"names of {module} without a place on its page: {lost}"
 
