@@ -210,7 +210,7 @@ def table(
     lines = [f"{'K':>4} {'agreement':>10} {'silhouette':>11} {'held out, nats':>15} {'in use':>7}"]
     return "\n".join(lines + [f"{one.n_clusters:4} {one.agreement:10.2f} {one.silhouette:11.2f} {one.held_out:15.3f} {one.used:7.1f}" for one in summary(comparison)])
 
-# %% ../nbs/15a_choosing.ipynb #cfa6b2ad
+# %% ../nbs/15a_choosing.ipynb #a99f84fc
 def draw_scores(
     comparison: Comparison,
 ) -> object:  # a matplotlib figure
@@ -279,7 +279,7 @@ def merged(
     require(1 <= K <= leaves and clusters.max() < leaves, f"K must lie between 1 and {leaves}, clusters below {leaves}, got {K} and {clusters.max()}")
     return cut_tree(tree, K)[:, 0][clusters]
 
-# %% ../nbs/15a_choosing.ipynb #b0408fb0
+# %% ../nbs/15a_choosing.ipynb #e5a78b04
 def draw_tree(
     tree: np.ndarray,  # (K-1, 4) from `merge_tree`
     clusters: np.ndarray,  # (M,) cluster of each image

@@ -211,7 +211,7 @@ def check_fits_memory(
         raise ValueError(f"this run needs {said}: {advice}")
     return need
 
-# %% ../nbs/11a_forecast.ipynb #7a9f3ac0
+# %% ../nbs/11a_forecast.ipynb #244f6213
 def step_seconds(
     images: np.ndarray,  # (M, H, W, C) uint8
     cfg: Config,
@@ -219,10 +219,9 @@ def step_seconds(
     step: Callable = em_step,  # as for `step_memory`
     patience: float = 10.0,  # seconds
 ) -> tuple[float, float]:  # seconds of a step, and of what an epoch ends with
-    "Measured on a run that is thrown away."
+    "Measured on a run that is thrown away and does not learn: whether `lr` is absurd the run itself will find out."
     sample = images[: max(256, cfg.batch_size)]
-    cfg = replace(cfg, lr=1e-9)  # an absurd rate is for the run itself to find out
-    run, data, taken, now = begin(start, sample, cfg), torch.from_numpy(sample), [], time.perf_counter
+    run, data, taken, now = begin(start, sample, replace(cfg, lr=1e-9)), torch.from_numpy(sample), [], time.perf_counter
     work, index = looking(step, run.model.train(), run.optimizer, cfg), torch.arange(cfg.batch_size)
     enough = lambda: len(taken) >= 12 or len(taken) >= 3 and sum(taken[1:]) >= 2 or sum(taken[:1]) > patience
     with cpu_threads(cfg.threads):

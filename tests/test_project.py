@@ -96,6 +96,8 @@ def test_lab_starts_and_has_the_index(tmp_path):
             assert address, (tmp_path / "log").read_text()
             assert address[2].endswith("/tree/nbs/index.ipynb"), "it opens at the index"
             home, known = f"http://127.0.0.1:{address[1]}", dict(Authorization="token known")
+            while get(home)[0] == 0 and lab.poll() is None:  # it prints its address before it listens to it
+                time.sleep(0.5)
             assert get(f"{home}/api/contents/nbs/index.ipynb")[0] == 403, "nobody else gets in"
             status, index = get(f"{home}/api/contents/nbs/index.ipynb", **known)
             assert status == 200
