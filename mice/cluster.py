@@ -433,7 +433,7 @@ def sizes(
     sure = [[row[2] for row in rows if row[1] == cluster] for cluster in range(K)]
     return [dict(cluster=cluster, images=len(p), confidence=round(sum(p) / len(p), 3) if p else None) for cluster, p in enumerate(sure)]
 
-# %% ../nbs/17a_cluster.ipynb #b7609878
+# %% ../nbs/17a_cluster.ipynb #17a69c0b
 def sizes_told(
     clusters: list[dict],  # as from `sizes`
 ) -> list[str]:
@@ -446,7 +446,7 @@ def told(
     facts: dict,  # as from `cluster`
 ) -> list[str]:
     "What came of it, in words."
-    unsure = f"{facts['images']:,} images in {in_words(facts['seconds'])}; {facts['unsure']:,} are unsure (confidence below one half)"
+    unsure = f"{facts['images']:,} images in {in_words(facts['seconds'])}; {facts['unsure']:,} are unsure (a second cluster is nearly as likely)"
     files = [f"{name:{max(map(len, facts['files']))}}  {path}" for name, path in facts["files"].items()]
     again = f"more images later: mice predict {facts['out']} FOLDER"
     chosen = [facts["choice"], ""] if facts["choice"] else []
@@ -459,7 +459,7 @@ def choice(
     "How K was chosen; nothing if it was given."
     return f"{choice_table(est.comparison_)}\n{recommend(est.comparison_)[1]}" if getattr(est, "comparison_", None) else ""
 
-# %% ../nbs/17a_cluster.ipynb #f6bdf4b5
+# %% ../nbs/17a_cluster.ipynb #63e570eb
 def cluster(
     folder: Path,
     out: Path,
@@ -477,7 +477,7 @@ def cluster(
     rows = write_results(est, folder, out, found, wishes, say)
     files = {name: str(out / path) for path, name in RESULTS.items() if (out / path).exists()}
     facts = dict(folder=str(folder), out=str(out), images=len(rows), skipped=len(left_out(found.notes)), files=files)
-    facts |= dict(choice=choice(est), clusters=sizes(rows, est.config_.n_clusters), unsure=sum(row[2] < 0.5 for row in rows), loss=est.loss_curve_[-1])
+    facts |= dict(choice=choice(est), clusters=sizes(rows, est.config_.n_clusters), unsure=sum(row[4] > 0.9 * row[2] for row in rows), loss=est.loss_curve_[-1])
     return facts | dict(settings=asdict(est.config_), warnings=est.warnings_, seconds=round(time.monotonic() - began, 1))
 
 # %% ../nbs/17a_cluster.ipynb #82613fb7

@@ -233,7 +233,7 @@ def step_seconds(
         look(run.model, 1, [1] * cfg.n_clusters if isinstance(run.model, MiCEModel) else None, data, cfg)
     return float(np.median(taken[1:] or taken)), now() - began
 
-# %% ../nbs/11a_forecast.ipynb #a27da6a8
+# %% ../nbs/11a_forecast.ipynb #f4149ef2
 class Forecast(NamedTuple):
     "What a run will cost."
     seconds_per_epoch: float
@@ -243,7 +243,7 @@ class Forecast(NamedTuple):
     host_free: int  # bytes this process may have
     device_free: int
 
-
+# %% ../nbs/11a_forecast.ipynb #809dffc1
 def forecast(
     images: np.ndarray,  # (M, H, W, C) uint8, at the size of the run
     cfg: Config,
@@ -252,6 +252,7 @@ def forecast(
     **how: int,  # `answers` and `saved`, as for `memory`
 ) -> Forecast:
     "Time and memory of a run; ValueError if it cannot fit."
+    require(len(images) >= cfg.batch_size, f"at least one full batch is needed: batch_size is {cfg.batch_size}, got {len(images)} images")
     need = check_fits_memory(images.shape, cfg, start=start, step=step, **how)
     each, closing = step_seconds(images, cfg, start, step)
     epoch = len(images) // cfg.batch_size * each + closing

@@ -359,9 +359,15 @@ def test_second_signal(number, tmp_path):
     assert code == -number
 
 
+def slowly(keeper) -> None:
+    "Steps that last long enough for a signal to come before the run is over."
+    plain = keeper.after_step
+    keeper.after_step = lambda run: (time.sleep(0.1), plain(run))
+
+
 def test_a_stop_that_could_not_be_saved_says_so(tmp_path):
     (tmp_path / "checkpoints").write_text("not a folder")
-    process = start(tmp_path)
+    process = start(tmp_path, peril=slowly)
     until(lambda: journal(tmp_path, "step"), process)
     os.kill(process.pid, signal.SIGTERM)
     process.join(30)

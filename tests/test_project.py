@@ -82,7 +82,7 @@ def get(url: str, **headers) -> tuple[int, str]:
 
 def test_lab_starts_and_has_the_index(tmp_path):
     "The command of `make lab`, with a token known here and no browser."
-    dry = subprocess.run([MAKE, "-n", "-o", ".venv/.ready", f"BIN={BIN}", "lab"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    dry = subprocess.run([MAKE, "--no-print-directory", "-n", "-o", ".venv/.ready", f"BIN={BIN}", "lab"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     words = [*shlex.split(dry.stdout.splitlines()[-1]), "--no-browser", "--port=0", "--allow-root", "--IdentityProvider.token=known"]
     with open(tmp_path / "log", "w+") as log:
         lab = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
