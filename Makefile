@@ -5,7 +5,11 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-long notebooks export clean-notebooks readme lab docs dist
+.PHONY: help setup reproduce test test-long notebooks export parameters clean-notebooks readme lab docs dist
+
+# reproduce.ipynb is run by `mice reproduce`; the index comes last, as it quotes results
+NOTEBOOKS = $(filter-out %/reproduce.ipynb,$(sort $(wildcard nbs/*/*.ipynb))) nbs/index.ipynb
+NBCONVERT = $(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.coalesce_streams=True
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -21,27 +25,31 @@ test: .venv/.ready ## run everything: notebooks, mathematics, package, site
 test-long: .venv/.ready ## the long tests of reliability: kills, faults, damage (RECORD=1: keep the figures)
 	@$(BIN)/python -m pytest -m "long or recorded"
 
-notebooks: .venv/.ready ## execute all notebooks in place, export, clean, write README.md
+notebooks: .venv/.ready ## export, execute all notebooks in place, clean, write README.md
 	$(BIN)/nbdev_export
-	env -u MPLBACKEND $(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.coalesce_streams=True nbs/[0-9i]*.ipynb
+	$(BIN)/python tools/parameters.py
+	env -u MPLBACKEND $(NBCONVERT) $(NOTEBOOKS)
 	$(BIN)/nbdev_clean
-	$(BIN)/python tests/readme.py
+	$(BIN)/python tools/readme.py
 
 export: .venv/.ready ## write the modules in mice/ from the notebooks
 	$(BIN)/nbdev_export
+
+parameters: .venv/.ready ## write the parameters cell of reproduce.ipynb from Config
+	$(BIN)/python tools/parameters.py
 
 clean-notebooks: .venv/.ready ## strip metadata that only makes noise in a diff
 	$(BIN)/nbdev_clean
 
 readme: .venv/.ready ## write README.md from nbs/index.ipynb
-	$(BIN)/python tests/readme.py
+	$(BIN)/python tools/readme.py
 
 lab: .venv/.ready ## open the notebooks in JupyterLab; without a screen it prints its address
 	$(BIN)/jupyter-lab $(if $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname)),,--no-browser) --ip=127.0.0.1 --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 docs: .venv/.ready ## render the site to _docs/ (needs Quarto)
 	@command -v quarto > /dev/null || { echo "make docs needs Quarto: install it from https://quarto.org/docs/get-started" >&2; exit 1; }
-	$(BIN)/python tests/pages.py
+	$(BIN)/python tools/pages.py
 	cd _proc && PATH="$(abspath $(BIN)):$$PATH" quarto render --no-cache
 	rm -rf _docs && mv _proc/_docs _docs
 

@@ -15,15 +15,17 @@ extras = {name: cfg[f"{name}_requirements"].split() for name in ("reproduce", "t
 
 
 class WithReproduction(build_py):
-    "A wheel also carries the reproduction notebook and its experiments, for `mice reproduce` without a checkout."
+    "A wheel also carries the reproduction notebook and its experiments, for use without a checkout."
 
     def run(self):
         super().run()
         if not self.editable_mode:
-            home, to = here / "nbs" / "reproduction", Path(self.build_lib) / cfg["lib_path"] / "reproduction"
-            to.mkdir(parents=True, exist_ok=True)
-            for path in (home / "reproduce.ipynb", *home.glob("*.yaml")):
-                shutil.copyfile(path, to / path.name)
+            source = here / "nbs" / "reproduction"
+            target = Path(self.build_lib) / cfg["lib_path"] / "reproduction"
+            for path in (source / "reproduce.ipynb", *source.glob("experiments/*.yaml")):
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 setup(
@@ -41,13 +43,13 @@ setup(
     url=cfg["git_url"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["mice", "mice.*"]),
-    package_data={cfg["lib_path"]: ["py.typed", "page/*"]},
+    package_data={"": ["py.typed", "page/*", "*.csv"]},
     include_package_data=False,
     install_requires=cfg["requirements"].split(),
     extras_require={**extras, "all": sorted({r for group in extras.values() for r in group})},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
-        "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
+        "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],  # nbdev looks for the name of the import
     },
     cmdclass={"build_py": WithReproduction},
     zip_safe=False,
