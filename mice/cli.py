@@ -306,7 +306,7 @@ def cluster_command(folder, out, k, epochs, size, settings, as_json, dry_run, qu
         if dry_run:
             facts = command.plan(folder, options)
         else:
-            facts = command.cluster(folder, out, options, report=print, verbose=not quiet)
+            facts = command.cluster(folder, out, options, notify=print, verbose=not quiet)
     if quiet and not dry_run:
         for text in facts["warnings"]:
             click.echo(f"mice: {text}", err=True)

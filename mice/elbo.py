@@ -18,7 +18,7 @@ from .core import check_finite, check_positive, check_shapes, unit
 from .estep import log_posterior
 from .experts import log_phi
 from .gating import log_gate
-from .normalizer import Queue, embeddings
+from .normalizer import Queue, negatives
 
 # %% ../nbs/paper/06_objective.ipynb #b2995031
 def elbo(
@@ -60,13 +60,13 @@ def mice_objective(
     check: bool = True,  # look for NaN and infinity first (on a GPU this waits for the device)
 ) -> Objective:
     "Negative log marginal likelihood of a batch, Eq. (11) with the exact posterior; memory O(NKD + KVD)."
-    bank = embeddings(queue)
+    bank = negatives(queue)
     check_shapes("f:NKD v:NKD g:ND mu:KD omega:KD queue:VKD", f, v, g, mu, omega, bank)
     if check:
         check_finite(f=f, v=v, g=g, mu=mu, omega=omega, queue=bank)
     log_pi = log_gate(g, omega, kappa)  # (N, K)
-    negatives = QueueLogSumExp.apply(f + unit(mu), bank, tau)  # (N, K) log of the sum over the queue
-    log_p = logsigmoid(log_phi(f, v.detach(), mu, tau) - negatives)  # (N, K) = log Phi - log Z-hat
+    log_sum = QueueLogSumExp.apply(f + unit(mu), bank, tau)  # (N, K) over the queue
+    log_p = logsigmoid(log_phi(f, v.detach(), mu, tau) - log_sum)  # (N, K) = log Phi - log Z-hat
     return Objective(-log_marginal(log_pi, log_p).mean(), log_posterior(log_pi, log_p), log_pi)
 
 # %% ../nbs/paper/06_objective.ipynb #5e460561

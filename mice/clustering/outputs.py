@@ -223,7 +223,7 @@ def sort_images(
     rows: list[tuple],  # (M,) as from `table_rows`
     K: int,
     kind: str,  # 'link' or 'copy'
-    report: Callable[[str], None],  # takes a message for the user
+    notify: Callable[[str], None],  # takes a message for the user
 ) -> None:
     "Folders of links, or a message why there can be none; folders of copies, or OSError."
     names, clusters = [row[0] for row in rows], [row[1] for row in rows]
@@ -233,4 +233,4 @@ def sort_images(
         shutil.rmtree(out / ".clusters.tmp", ignore_errors=True)
         if kind == "copy":
             raise
-        report(f"no folders of links, the disk of {out} cannot hold any ({error}): --copy makes copies")
+        notify(f"no folders of links, the disk of {out} cannot hold any ({error}): --copy makes copies")

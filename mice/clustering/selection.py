@@ -23,12 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import Config
-from ..core import generator, require, unit
+from ..core import generator, require
 from ..data.views import augment, standardise
 from ..elbo import log_marginal
 from ..encoders import eval_mode
 from ..experts import log_partition, log_phi
-from ..gating import log_gate
 from ..metrics import as_integers
 from ..text import text_table
 from ..training.engine import cpu_threads
@@ -44,7 +43,7 @@ def instance_log_prob(
 ) -> Tensor:  # (N,) nats, at most 0
     "Log-probability of identifying each image among all images of the bank."
     f = model.student.experts(x)  # (N, K, D)
-    log_pi = log_gate(model.student.gate(x_gate), unit(model.omega), model.kappa)  # (N, K)
+    log_pi = model.log_gate(model.student.gate(x_gate))  # (N, K)
     log_p = log_phi(f, v, model.mu, model.tau) - log_partition(f, bank, model.mu, model.tau)  # (N, K)
     return log_marginal(log_pi, log_p)
 

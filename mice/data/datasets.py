@@ -54,7 +54,7 @@ class Archive(NamedTuple):
     shape: tuple  # of all images, the parts pooled, train first
     labels: str  # name of the array of labels
     size: str  # of the download
-    train: int = 0  # leading images of that .npz that are the train part; 0 if its order is another
+    train: int = 0  # how many leading images of that .npz are the train part; 0 if it is ordered differently
     pool: str = "train+test"  # its parts, for the protocol
     classes: tuple = ()  # their names, where an .npz may lack them
 
@@ -295,7 +295,7 @@ def describe_dataset(
     data: Images,  # the images to fit
     cfg: Config,
 ) -> list[str]:  # lines to print before a run
-    "What is about to be clustered, how large it is, what it is evaluated by, and whatever is odd about it."
+    "What is about to be clustered, how large it is, how it is evaluated, and anything unusual about it."
     M, *sizes = data.images.shape
     where = "on disk" if is_memory_mapped(data.images) else "in memory"
     size = f"{' x '.join(map(str, sizes))}, {data.images.nbytes / 1e6:.1f} MB {where}"

@@ -43,7 +43,7 @@ EXTENSIONS = tuple(sorted(end for end, kind in Image.registered_extensions().ite
 def first_few_files(
     files: Sequence[tuple],  # pairs (path, reason)
 ) -> str:  # such as 'a.jpg (empty), b.png (not an image)'
-    "The first five files with the reasons why they were skipped, and how many more there are."
+    "The first five files with the reasons why they were skipped, and the number of the others."
     return first_few([f"{path} ({reason})" for path, reason in files])
 
 
@@ -77,7 +77,7 @@ MAX_FOLDERS = 100_000  # that may be visited below one folder
 
 def list_folder(
     folder: Path,
-) -> tuple[list[str], tuple | None, str]:  # names; the folder's number; why there are no names, or ''
+) -> tuple[list[str], tuple | None, str]:  # names; device and inode; why there are no names, or ''
     "What a folder holds, without hidden names."
     try:
         here = os.stat(folder)
@@ -90,9 +90,9 @@ def list_folder(
 
 def walk(
     folder: Path,
-    skip: str = "",  # folders that hold a file of this name are passed over; '' for none
-) -> tuple[list[str], list[tuple], list[str]]:  # files; pairs (unlisted folder, reason); folders passed over
-    "All files below a folder, without hidden ones; paths start from the folder, those of folders end in '/'."
+    skip: str = "",  # folders that hold a file of this name are skipped; '' for none
+) -> tuple[list[str], list[tuple], list[str]]:  # files; pairs (unlisted folder, reason); folders skipped
+    "All files below a folder except hidden ones, as relative paths; paths of folders end in '/'."
     files, unlisted, passed_over, visits = [], [], [], 0
     todo = [("", ())]  # folders to visit: the path, and the numbers of all folders above
     while todo:
@@ -117,8 +117,8 @@ def walk(
 # %% ../../nbs/data/02_folders.ipynb #c7fcdb35
 def find_images(
     folder: str | Path,
-    skip: str = "",  # name of a file that marks a folder written by mice; such folders are passed over
-) -> tuple[list[str], tuple[Note, ...]]:  # paths from the folder, sorted, at least one; what was skipped
+    skip: str = "",  # name of a file that marks a folder written by mice; such folders are skipped
+) -> tuple[list[str], tuple[Note, ...]]:  # relative paths, sorted, at least one; what was skipped
     "The image files below a folder, in an order that does not depend on the file system."
     folder = Path(folder)
     got = "got a file" if folder.is_file() else "there is none"
@@ -214,7 +214,7 @@ def decode(
     size: int,  # height and width, pixels
     crop: bool,  # keep the proportions, as in `to_square`
 ) -> np.ndarray:  # (size, size, 3) uint8
-    "The pixels of one file; it may raise nearly anything on a damaged one."
+    "The pixels of one file; a damaged one may raise nearly any exception."
     check_file(path)
     with Image.open(path, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
         check_image(path, image)
@@ -226,7 +226,7 @@ def try_decode(
     size: int,  # height and width, pixels
     crop: bool,  # keep the proportions, as in `to_square`
 ) -> np.ndarray | str:  # (size, size, 3) uint8, or the reason why there are no pixels
-    "The pixels of one file, or what is wrong with it; too little memory is not the file's fault."
+    "The pixels of one file, or what is wrong with it; a MemoryError is not the file's fault and is raised."
     try:
         return decode(path, size, crop)
     except MemoryError:
@@ -253,7 +253,7 @@ def decode_all(
     crop: bool = True,  # keep the proportions, as in `to_square`
     threads: int = 1,
 ) -> Iterator[np.ndarray | str]:  # (size, size, 3) uint8, or why there are no pixels, for each file
-    "Decode files one after the other, with a progress bar on stderr if it takes long."
+    "Decode files and yield the results in order, with a progress bar on stderr if it takes long."
     def work(name):
         return try_decode(folder / name, size, crop)
 
@@ -285,7 +285,7 @@ def folder_hash(
     recipe: list,  # what else decides the pixels: numbers, words
     threads: int = 1,
 ) -> str:  # 40 hex digits
-    "The key of a decoded folder: equal only if names, contents and recipe are."
+    "The key of a decoded folder: equal only if names, contents and recipe are equal."
     def work(name):
         return file_hash(folder / name)
 
@@ -338,7 +338,7 @@ TRAIN_NAMES = ("train", "training")
 
 def classes_and_split(
     names: list[str],  # (M,) paths from the folder
-    classes: dict | None = None,  # path -> class, where something else than the folder gives it
+    classes: dict | None = None,  # path -> class, where something other than the folder determines it
 ) -> tuple[np.ndarray, np.ndarray | None]:  # (M,) classes, '' for none; (M,) bool test part, or None
     "Classes and the dataset's own split, read from the names of the folders."
     classes = classes or {}

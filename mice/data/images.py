@@ -24,7 +24,7 @@ from .cache import allocate, chunks
 # %% ../../nbs/data/01_images.ipynb #ca095cf4
 @dataclass(frozen=True)
 class Note:
-    "A sentence for the report, and every file it is about."
+    "A sentence for the report, and every file it concerns."
 
     text: str  # one line; it may name only some of the files
     files: tuple = ()  # pairs (path, reason) of everything that was skipped
@@ -109,7 +109,7 @@ def digits(
 # %% ../../nbs/data/01_images.ipynb #8a2bb8d4
 def encode_labels(
     labels: np.ndarray,  # (M,) whole numbers, -1 for none; or names, '' for none
-    count: int,  # images there are
+    count: int,  # number of images
 ) -> tuple[np.ndarray | None, tuple]:  # (M,) int64 numbers 0 .. C-1 and -1 for none; the C names
     "Labels numbered from 0 in sorted order; None and () if no image has one."
     good = labels.shape == (count,) and labels.dtype.kind in "iuU"
@@ -143,7 +143,7 @@ def read_npz(
 def images_from_arrays(
     name: str,  # of the dataset
     arrays: dict,  # images, and perhaps labels, test, lossy_indices
-    pool: str = "",  # how the images came together, such as 'train+test pooled: '
+    pool: str = "",  # which parts were combined, such as 'train+test pooled: '
 ) -> Images:
     "A dataset from its arrays, all images pooled."
     images, test, lossy = arrays["images"], arrays.get("test"), arrays.get("lossy_indices", ())
@@ -162,7 +162,7 @@ def images_from_arrays(
 
 def load_npz(
     path: str | Path,  # `images` (M, H, W[, C]) uint8; perhaps `labels` (M,), `test` (M,), `lossy_indices`
-    image_size: int = 0,  # height and width, pixels; 0 keeps what is there
+    image_size: int = 0,  # height and width, pixels; 0 keeps the size in the file
 ) -> Images:
     "A dataset from an .npz file."
     data = images_from_arrays(Path(path).stem, read_npz(path))
@@ -171,7 +171,7 @@ def load_npz(
 # %% ../../nbs/data/01_images.ipynb #41003f5c
 def subset_indices(
     name: str,  # of the dataset
-    count: int,  # images there are
+    count: int,  # number of images
     n: int,  # images wanted; 0 is all
 ) -> np.ndarray:  # (n,) indices, ascending
     "A random subset that depends on nothing but the dataset's name and size."

@@ -67,7 +67,7 @@ def warp(
     x: Tensor,  # (N, C, H, W) images
     maps: Tensor,  # (N, 2, 3) from the view's pixels to the image's
 ) -> Tensor:  # (N, C, H, W) bilinear, black outside
-    "Each image seen through its own affine map."
+    "Each image transformed by its own affine map."
     return grid_sample(x, affine_grid(maps, x.shape, align_corners=False), align_corners=False)
 
 # %% ../../nbs/data/06_views.ipynb #deb540cf
@@ -280,7 +280,7 @@ def augment(
 def channel_stats(
     images: np.ndarray,  # (M, H, W, C) uint8
 ) -> tuple[Tensor, Tensor]:  # mean and standard deviation of each channel, (C,) each, of the range [0, 1]
-    "What centres and scales the dataset; a constant channel gets a deviation of 1."
+    "The numbers that standardise the dataset; a constant channel gets a deviation of 1."
     M, H, W, C = images.shape
     histogram = np.zeros((C, 256), np.int64)
     for rows in chunks(images):  # they may be larger than the memory

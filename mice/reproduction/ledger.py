@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..config import NEUTRAL, RENAMED, Config, upgraded
+from ..config import ADDED, NEUTRAL, RENAMED, Config, upgraded
 from ..core import require
 from ..data.images import Images
 from ..files import array_hash, atomic_write
@@ -45,7 +45,12 @@ def settings_hash(
     method: str,  # such as 'mice'
 ) -> str:  # 8 hex digits that all seeds of one experiment share, on any machine
     "Hash of everything that decides a result apart from the seed."
-    settings = {name: value for name, value in upgraded(config).items() if name not in ("seed", *NEUTRAL)}
+    settings, default = upgraded(config), Config()
+    for name in ("seed", *NEUTRAL):
+        settings.pop(name, None)
+    for name in ADDED:
+        if settings.get(name) == getattr(default, name):
+            settings.pop(name, None)
     settings["dataset"] = Path(config["dataset"]).name
     # A renamed field is hashed under its earlier name: the hash names checkpoints and rows that exist.
     return short_hash([method, {EARLIER.get(name, name): value for name, value in settings.items()}])
@@ -74,10 +79,9 @@ def check_number(
 def check_metrics(
     metrics: dict,  # name of each score: a fraction, or None without labels
 ) -> None:
-    "Raise ValueError unless all scores are there and none is in per cent."
-    for key in METRICS:
-        got = ", ".join(metrics) or "nothing"
-        require(key in metrics, f"metrics must have {', '.join(METRICS)}, got {got}")
+    "Raise ValueError unless there is an accuracy and all scores are fractions."
+    require("acc" in metrics, f"metrics must have acc, got {', '.join(metrics) or 'nothing'}")
+    for key in metrics:
         if metrics[key] is not None:
             check_number(f"metrics[{key!r}]", metrics[key])
             fits = abs(metrics[key]) < 1.001
@@ -183,6 +187,8 @@ class Row:
     def __post_init__(self):
         check_row(self)
         object.__setattr__(self, "config", upgraded(self.config))
+        scores = dict.fromkeys(METRICS) | self.metrics  # None for a score that did not exist yet
+        object.__setattr__(self, "metrics", scores)
         protocol = self.protocol.replace("judged", "evaluated").replace("to judge by", "to evaluate with")
         object.__setattr__(self, "protocol", protocol)  # in the words of this version
         object.__setattr__(self, "name", self.name or run_name(self.config, self.method))

@@ -102,15 +102,14 @@ def cluster_by_pixels(
 # %% ../../nbs/reproduction/03_methods.ipynb #a2000002
 class Method(NamedTuple):
     "A way of clustering images."
-    title: str
     model: type[StudentTeacher] | None  # trained by `loop.train`; None if nothing is trained
     cluster: Callable[..., Clustering]  # from model, fitted images, images to cluster, and Config
 
 
 METHODS = dict(
-    mice=Method("MiCE", MiCEModel, cluster_by_posterior),
-    two_stage=Method("MoCo, then spherical k-means", MoCoModel, cluster_by_features),
-    kmeans=Method("k-means on pixels", None, cluster_by_pixels),
+    mice=Method(MiCEModel, cluster_by_posterior),
+    two_stage=Method(MoCoModel, cluster_by_features),
+    kmeans=Method(None, cluster_by_pixels),
 )  # name in `Config.method` -> method
 
 # %% ../../nbs/reproduction/03_methods.ipynb #28caf7b7

@@ -101,7 +101,7 @@ def variant(
 
 # %% ../../nbs/reproduction/05_tables.ipynb #32dc7757
 class Group(NamedTuple):
-    "Runs that differ in nothing but their seed."
+    "Runs that differ in nothing but their seed, and where they were computed."
     dataset: str  # such as 'cifar10'
     method: str  # such as 'mice'
     variant: str  # as `variant` names it

@@ -22,7 +22,7 @@ from ..data.images import check_images
 from ..data.views import channel_stats, standardised_batches
 from ..elbo import loss_bounds
 from ..encoders import HeadedTrunk, eval_mode, seeded_init
-from ..normalizer import Queue, embeddings
+from ..normalizer import Queue, negatives
 from ..training import distributed
 from ..training.loop import Callback, Epoch, StudentTeacher, train
 
@@ -34,7 +34,7 @@ def info_nce(
     tau: float | Tensor = 1.0,  # temperature, dimensionless
 ) -> Tensor:  # () nats
     "MoCo's loss, Eq. (2): mean negative log probability of the positive among the queued negatives."
-    bank = embeddings(queue)
+    bank = negatives(queue)
     check_shapes("f:NKD v:NKD queue:VKD", f, v, bank)
     positive = (f * v.detach()).sum(-1) / tau  # (N, 1)
     return -logsigmoid(positive - QueueLogSumExp.apply(f, bank, tau)).mean()
@@ -53,8 +53,12 @@ class MoCoModel(StudentTeacher):
     ):
         with seeded_init(cfg.seed):
             student = HeadedTrunk(cfg.arch, 1, cfg.dim, len(mean))  # f
-        bounds = loss_bounds(cfg.nu, 2 * cfg.tau)  # scores are at most 1 / tau, half of MiCE's
-        super().__init__(cfg, student, Queue(cfg.nu, 1, cfg.dim, cfg.seed), mean, std, bounds)
+        super().__init__(cfg, student, Queue(cfg.nu, 1, cfg.dim, cfg.seed), mean, std)
+
+    @staticmethod
+    def loss_bounds(cfg: Config) -> tuple[float, float]:  # nats
+        "The smallest and the largest possible loss; scores are at most 1 / tau, half of MiCE's."
+        return loss_bounds(cfg.nu, 2 * cfg.tau)
 
     def step(
         self,

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..config import NEUTRAL, upgraded
+from ..config import NEUTRAL, Config, upgraded
 from ..core import require
 from ..files import array_hash, atomic_write
 from . import distributed
@@ -99,18 +99,15 @@ def unpack(
     facts: dict,  # as from `pack`
 ) -> None:
     "Put a run back where it was; names and shapes that do not fit raise ValueError."
-    temperatures = {f"model.{name}": getattr(run.model, name, None) for name in ("tau", "kappa")}
-    tensors = {
-        name: x for name, x in temperatures.items() if x is not None
-    } | tensors  # older files have none
+    for name in ("tau", "kappa"):  # older files have none
+        if hasattr(run.model, name):
+            tensors = {f"model.{name}": getattr(run.model, name)} | tensors
     check_fits(tensors, facts, run)
     state = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
     run.model.load_state_dict(state)
     optimizer = run.model.optimizer
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
-        for key, x in optimizer.state[
-            p
-        ].items():  # in place: the fused optimiser needs the layout of the weights
+        for key, x in optimizer.state[p].items():  # in place: the fused optimiser needs the weights' layout
             x.copy_(tensors[f"optimizer.{i}.{key}"])
     run.losses = list(tensors["losses"].to(run.model.mean.device)) if "losses" in tensors else []
     run.epoch, run.step = facts["epoch"], facts["step"]
@@ -247,7 +244,8 @@ def config_differences(
     run: Run,
 ) -> list[str]:  # in words; empty if it is of this very run
     "What makes a checkpoint belong to another experiment."
-    was, now = upgraded(facts["config"]), json.loads(json.dumps(asdict(run.cfg)))
+    was = asdict(Config()) | upgraded(facts["config"])  # a field that came later had its default
+    was, now = (json.loads(json.dumps(values)) for values in (was, asdict(run.cfg)))
     differ = [name for name in now if name not in NEUTRAL and was.get(name) != now[name]]
     changes = [f"{name} was {was.get(name)!r}, is {now[name]!r}" for name in differ]
     same_images = facts.get("images_hash", facts.get("data")) == run.images_hash  # `data` in older files

@@ -230,24 +230,20 @@ def measure_step_seconds(
     "Measured on a run that is discarded and does not learn: an absurd `lr` is left to the real run."
     sample, cfg = images[: max(256, cfg.batch_size)], replace(cfg, lr=1e-9)
     run = init_run(model_class(cfg, *channel_stats(sample)), sample, cfg)
-    data, index, step_fn = (
-        torch.from_numpy(sample),
-        torch.arange(cfg.batch_size),
-        make_step_fn(run.model.train()),
-    )
+    data, index = torch.from_numpy(sample), torch.arange(cfg.batch_size)
+    step_fn = make_step_fn(run.model.train())
     seconds = []
 
     def enough():
-        return (
-            len(seconds) >= 12 or (len(seconds) >= 3 and sum(seconds[1:]) >= 2) or sum(seconds[:1]) > patience
-        )
+        if sum(seconds[:1]) > patience or len(seconds) >= 12:
+            return True
+        return len(seconds) >= 3 and sum(seconds[1:]) >= 2
 
     with cpu_threads(cfg.threads):
         while not enough():
             start = time.perf_counter()
-            step_fn(
-                make_batch(data, index, run.model, 1, len(seconds))
-            ).item()  # .item() waits for the device
+            loss = step_fn(make_batch(data, index, run.model, 1, len(seconds)))
+            loss.item()  # waits for the device
             seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
         sizes = [1] * cfg.n_clusters if isinstance(run.model, MiCEModel) else None

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..core import check_finite, check_shapes, generator, require, unit
 from ..data.views import standardised_batches
 from ..encoders import eval_mode
-from ..gating import log_gate
 
 # %% ../../nbs/training/04_health.ipynb #2b6e5d9a
 def dispersion(
@@ -85,7 +84,7 @@ def embed_sample(
 
 # %% ../../nbs/training/04_health.ipynb #43619aa6
 def diagnose(
-    model: nn.Module,  # with student, mean, std and cfg; MiCE also has omega, kappa and bounds
+    model: nn.Module,  # with student, mean, std and cfg; MiCE also has a gate
     epoch: int,  # the one just done
     sizes: list[int] | None,  # images assigned to each cluster in it, if the method assigns any
     images: Tensor,  # (M, H, W, C) uint8
@@ -97,14 +96,13 @@ def diagnose(
     if sizes is None:
         return Health(dispersion(h).min().item(), warmed_up)
     f, g = h[:, :-1], h[:, -1]  # (m, K, D), (m, D)
-    log_pi = log_gate(g, unit(model.omega), model.kappa)  # (m, K)
     shares = [size / sum(sizes) for size in sizes]
     entropy = sum(-share * math.log(share) for share in shares if share > 0) / math.log(len(sizes))
     return Health(
         dispersion=dispersion(f).min().item(),
         warmed_up=warmed_up,
         gate_dispersion=dispersion(h)[-1].item(),
-        gate_saturation=gate_saturation(log_pi, model.bounds),
+        gate_saturation=gate_saturation(model.log_gate(g), model.loss_bounds(cfg)),
         entropy=entropy,
         largest_share=max(shares),
         dead_experts=sizes.count(0),

@@ -32,7 +32,7 @@ from ..data.views import channel_stats, render, sample_params, standardise, stan
 from ..elbo import Objective, loss_bounds, mice_objective
 from ..encoders import HeadedTrunk, eval_mode, make_teacher, new_student, update_teacher
 from ..files import array_hash
-from ..gating import simplex_prototypes, uniform_prototypes
+from ..gating import log_gate, simplex_prototypes, uniform_prototypes
 from ..mstep import PrototypeSum
 from ..normalizer import Queue
 from . import distributed, engine
@@ -77,23 +77,28 @@ class StudentTeacher(nn.Module):
         queue: Queue,  # of the teacher's embeddings
         mean: Tensor,  # (C,) of the images
         std: Tensor,  # (C,) of the images
-        bounds: tuple[float, float],  # smallest and largest possible loss, nats
     ):
         super().__init__()
-        self.cfg, self.bounds, self.optimizer = cfg, bounds, None
+        self.cfg, self.optimizer = cfg, None
         self.student, self.teacher, self.queue = student, make_teacher(student), queue
         self.render = Render()
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         self.register_buffer("tau", torch.tensor(cfg.tau))  # () temperature of the experts
 
+    @staticmethod
+    def loss_bounds(cfg: Config) -> tuple[float, float]:  # nats
+        "The smallest and the largest possible loss."
+        raise NotImplementedError
+
     def start_training(
         self,
         cfg: Config,  # from now on
     ) -> None:
         "A new optimiser, fused into one pass over the weights; its momentum starts at zero."
-        self.cfg, weights = cfg, [p for p in self.parameters() if p.requires_grad]
+        self.cfg = cfg
         self.tau.fill_(cfg.tau)
+        weights = [p for p in self.parameters() if p.requires_grad]
         lr = torch.tensor(cfg.lr, device=self.mean.device)
         self.optimizer = torch.optim.SGD(weights, lr, cfg.momentum, weight_decay=cfg.weight_decay, fused=True)
         for p in weights:
@@ -146,7 +151,7 @@ class MiCEModel(StudentTeacher):
     ):
         K, D, seed = cfg.n_clusters, cfg.dim, cfg.seed
         student = new_student(cfg.arch, K, D, len(mean), seed)  # f, g
-        super().__init__(cfg, student, Queue(cfg.nu, K, D, seed), mean, std, loss_bounds(cfg.nu, cfg.tau))
+        super().__init__(cfg, student, Queue(cfg.nu, K, D, seed), mean, std)
         self.mu = nn.Parameter(uniform_prototypes(K, D, seed, "mu"), requires_grad=cfg.mu_gradient)  # (K, D)
         omega = (
             simplex_prototypes(K, D)
@@ -160,11 +165,22 @@ class MiCEModel(StudentTeacher):
             edge = math.sqrt(3 / D)  # so that rows have norm 1 on average
             self.queue.embeddings.uniform_(-edge, edge, generator=generator(seed, "released queue"))
 
+    @staticmethod
+    def loss_bounds(cfg: Config) -> tuple[float, float]:  # nats
+        "The smallest and the largest possible loss."
+        return loss_bounds(cfg.nu, cfg.tau)
+
     def start_training(self, cfg: Config) -> None:
         "A new optimiser, and the temperatures of `cfg`."
         super().start_training(cfg)
         self.kappa.fill_(cfg.kappa)
-        self.bounds = loss_bounds(cfg.nu, cfg.tau)
+
+    def log_gate(
+        self,
+        g: Tensor,  # (N, D) unit rows
+    ) -> Tensor:  # (N, K) log pi
+        "The gate of this model, `gating.log_gate`."
+        return log_gate(g, unit(self.omega), self.kappa)
 
     def objective(
         self,
@@ -334,7 +350,8 @@ class Progress(Callback):
             self.bar = tqdm(total=run.cfg.epochs, initial=run.epoch - 1, unit="epoch", disable=hidden)
 
     def on_epoch_end(self, run: Run) -> None:
-        (low, high), done = run.model.bounds, run.history[-1]
+        low, high = run.model.loss_bounds(run.cfg)
+        done = run.history[-1]
         bound = f"loss {done.loss:.3f}, ELBO {-done.loss:.3f} in [{-high:.2f}, {-low:.2f}]"
         speed = f"{done.images_per_second:.0f} images/s"
         self.bar.set_postfix_str(f"{bound}, {one_line(Health.read(done.health))}, {speed}", refresh=False)
@@ -390,7 +407,8 @@ def train_epoch(
 ) -> None:
     "One pass over the images, or what is left of it."
     cfg, model, started = run.cfg, run.model.train(), time.perf_counter()
-    order, lr = list(batches(len(images), cfg, run.epoch))[run.step :], learning_rate(cfg, run.epoch)
+    order = list(batches(len(images), cfg, run.epoch))[run.step :]
+    lr = learning_rate(cfg, run.epoch)
     model.set_learning_rate(lr)
     for callback in callbacks:
         callback.on_epoch_start(run)

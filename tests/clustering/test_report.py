@@ -232,6 +232,25 @@ def test_map_by_mouse(browser, path, findings):
     assert np.allclose(browser.dot(5), (x + 40, y + 10), atol=1), "a drag moves the map"
     browser.run("document.querySelector('#clusters .strip a').click()")
     browser.wait("chosen === 0 && document.activeElement === chart")
+    browser.run("document.querySelector('[data-k=\"1\"]').click(), choose(-1), chart.focus()")
+    browser.key("PageDown")
+    assert browser.run("cluster[chosen]") == 1, "a cluster can be singled out"
+
+
+def test_reads_well_without_eyes(browser, path):
+    browser.open(path)
+    levels = browser.run("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => Number(h.tagName[1]))")
+    steps = zip(levels, levels[1:], strict=False)
+    assert levels.count(1) == 1 and levels[0] == 1 and all(b <= a + 1 for a, b in steps), levels
+    assert browser.run("document.documentElement.lang") == "en"
+    nodes = [node for node in browser.ask("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
+    roles = {"button", "link", "image", "searchbox", "application"}
+    named = []
+    for node in nodes:
+        if "name" in node and node.get("role", {}).get("value") in roles:
+            named.append((node["role"]["value"], node["name"]["value"]))
+    assert {role for role, _ in named} == roles and len(named) > 60
+    assert all(name.strip() for _, name in named), [role for role, name in named if not name.strip()]
 
 
 def test_everything_by_keyboard(browser, path):
@@ -302,9 +321,10 @@ def test_hostile_names_are_harmless(browser, path):
     assert all(policy in refused for policy in policies), "refused by the policy, not for want of a network"
 
 
-def test_fits_a_phone(browser, path):
-    browser.open(path, width=360, height=700, mobile=True)
-    assert browser.run("document.documentElement.scrollWidth") <= 360
+@pytest.mark.parametrize("width", [360, 800])
+def test_fits_narrow_screens(browser, path, width):
+    browser.open(path, width=width, height=700, mobile=True)
+    assert browser.run("document.documentElement.scrollWidth") <= width
     browser.mouse("mouseMoved", *browser.dot(3))
     assert browser.run("chosen") == 3
 

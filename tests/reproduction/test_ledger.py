@@ -7,6 +7,7 @@ import pytest
 from house import ROOT
 
 from mice.config import RENAMED, Config
+from mice.reproduction import ledger
 from mice.reproduction.ledger import Row, read_rows, row_path, run_name, write_row
 
 LEDGER = ROOT / "results" / "ledger"
@@ -69,7 +70,18 @@ def test_a_row_survives_being_written_and_read(rows, tmp_path):
         before = json.loads(path.read_text())
         after = json.loads((tmp_path / "ledger" / path.name).read_text())
         before["config"] = {RENAMED.get(name, name): value for name, value in before["config"].items()}
-        assert before.items() <= after.items()
+        before["protocol"] = before["protocol"].replace("judged", "evaluated")
+        assert all(after[name] == value for name, value in before.items())
+
+
+def test_a_score_and_a_field_may_be_added(rows, monkeypatch):
+    "Rows that lack a score have None for it; a new field at its default changes no name."
+    monkeypatch.setattr(ledger, "METRICS", (*ledger.METRICS, "ami"))
+    assert {row.metrics["ami"] for row in read_rows(ROOT / "results")} == {None}
+    monkeypatch.setattr(ledger, "ADDED", ("lr_drop",))
+    new = asdict(Config())
+    old = {name: value for name, value in new.items() if name != "lr_drop"}
+    assert run_name(old, "mice") == run_name(new, "mice") != run_name(new | dict(lr_drop=0.5), "mice")
 
 
 def test_a_key_of_a_later_version_is_ignored(rows):

@@ -1,5 +1,6 @@
 """The command, stopped, killed and damaged in one life: nothing is lost, and it resumes to the same bits."""
 
+import json
 import os
 import re
 import signal
@@ -9,22 +10,27 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 from house import BIN, ROOT, mice, sets
 
+from mice.config import config_from
+from mice.data.datasets import load_dataset
 from mice.reproduction.ledger import Row, read_rows
+from mice.reproduction.methods import Clustering, run_method
+from mice.reproduction.runner import experiment
 
 SHORT = dict(epochs=30, subset=200, image_size=8, dim=16, nu=64, batch_size=40, checkpoint_seconds=0.01)
 COMMAND = ["reproduce", "digits", "--seed", "3", *sets(**SHORT)]
 STOPPED = r"mice: stopped in epoch (\d+) after step (\d+) and saved: the same command resumes from there"
 
 
-def finish(out: Path) -> tuple[Row, list[np.ndarray], str]:
-    "The row, the labels, and what was printed."
-    done = mice(*COMMAND, "--out", out)
-    assert done.returncode == 0, done.stderr
-    (row,) = read_rows(out)
-    with np.load(next(out.glob("labels/*.npz"))) as file:
-        return row, [file["clusters"], file["confidence"]], done.stdout + done.stderr
+def undisturbed() -> tuple[dict, Clustering]:
+    "The same run in this process, without the command: its row as JSON would read it, and its last clusters."
+    cfg, stages = config_from(experiment("digits", seed=3) | SHORT), {}
+    images, _ = load_dataset(cfg)
+    history = run_method(images.images, images.images, cfg, stages.__setitem__, progress=False)
+    row = Row.from_run(cfg, images, images, history, stages, 1.0, torch.device("cpu"))
+    return json.loads(json.dumps(row.as_dict())), stages[max(stages)]
 
 
 def saved(out: Path) -> list[Path]:
@@ -51,23 +57,24 @@ def interrupt(out: Path, number: int) -> tuple[int, str]:
 
 
 def test_stopped_killed_and_damaged(tmp_path):
-    out = tmp_path / "disturbed"
-    undisturbed, labels, printed = finish(tmp_path / "whole")
-    assert "resumed from" not in printed
-    place = None
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        returned, printed = interrupt(out, number)
-        assert returned == code and "Traceback" not in printed
-        if place:
-            assert "resumed from epoch {}, step {}".format(*place) in printed, "not a step is lost"
-        if number != signal.SIGKILL:
-            place = re.fullmatch(STOPPED, printed.strip().splitlines()[-1]).groups()
-    newest = saved(out)[-1].with_suffix(".safetensors")
+    returned, printed = interrupt(tmp_path, signal.SIGINT)
+    last = printed.strip().splitlines()[-1]
+    assert returned == 130 and re.fullmatch(STOPPED, last) and "Traceback" not in printed, printed
+    returned, printed = interrupt(tmp_path, signal.SIGKILL)
+    place = "resumed from epoch {}, step {}".format(*re.fullmatch(STOPPED, last).groups())
+    assert returned == -signal.SIGKILL and place in printed, "not a step is lost"
+
+    newest = saved(tmp_path)[-1].with_suffix(".safetensors")
     newest.write_bytes(newest.read_bytes()[:1000])
-    row, found, printed = finish(out)
-    assert f"skipped: {newest.stem}.json is not a good checkpoint" in printed
-    assert "resumed from epoch" in printed
+    done = mice(*COMMAND, "--out", tmp_path)
+    assert done.returncode == 0 and "resumed from epoch" in done.stdout, done.stderr
+    assert f"skipped: {newest.stem}.json is not a good checkpoint" in done.stdout
+    assert not list(tmp_path.rglob("*.safetensors")), "a finished run leaves no checkpoints"
+
+    expected, clustering = undisturbed()
+    (row,) = read_rows(tmp_path)
     for name in ("loss_curve", "metrics", "stages", "diagnostics", "dataset_sha256", "config"):
-        assert getattr(row, name) == getattr(undisturbed, name), name
-    np.testing.assert_array_equal(found, labels)
-    assert not list(out.rglob("*.safetensors")), "a finished run leaves no checkpoints"
+        assert getattr(row, name) == expected[name], name
+    with np.load(next(tmp_path.glob("labels/*.npz"))) as file:
+        np.testing.assert_array_equal(file["clusters"], clustering.clusters)
+        np.testing.assert_array_equal(file["confidence"], clustering.confidence.astype(np.float16))

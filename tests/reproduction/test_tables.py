@@ -8,9 +8,11 @@ import subprocess
 import pytest
 from house import NBS, ROOT
 
+from mice.config import config_from
 from mice.metrics import METRICS
 from mice.reproduction import plots, tables
 from mice.reproduction.ledger import read_rows
+from mice.reproduction.runner import experiment_settings, experiments
 
 SOURCE = ROOT.parent / "shared" / "seeds" / "000_3b24b807adbc959b.txt"
 OUT = ROOT / "results"
@@ -46,6 +48,20 @@ def test_ablations_and_maps_are_the_paper_s():
     assert column == [tables.ABLATIONS[name].paper for name in ("a", "b", "c", "d", "full")]
     maps = {int(epoch): float(acc) for epoch, acc in re.findall(r"Epoch (\d+) \(([\d.]+)%\)", text)}
     assert maps == plots.PAPER_MAPS
+
+
+def test_experiments_are_what_the_tables_take_them_for():
+    "The settings of the paper's datasets and the switches of its ablations stand in the YAML files, too."
+    for dataset, paper in tables.PAPER_DATASETS.iterrows():
+        cfg = config_from(experiment_settings(dataset))
+        for name in ("n_clusters", "image_size", "arch", "epochs"):
+            assert getattr(cfg, name) == paper[name], (dataset, name)
+    full, changes = experiment_settings("cifar100-20"), []
+    for name in experiments():
+        changed = experiment_settings(name).items() - full.items() if name.startswith("cifar100-20-") else ()
+        changes.append(dict(changed))
+    for name, ablation in tables.ABLATIONS.items():
+        assert name == "full" or ablation.change in changes, name
 
 
 def made_up(seed: int, acc: float | None, **config) -> dict:

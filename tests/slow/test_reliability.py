@@ -701,15 +701,15 @@ def test_torchrun(tmp_path, record):
 STARTUP = """
 from mice.training import loop
 
-plain, count = loop.make_step_fn, [0]
+plain = loop.make_step_fn
 
 
 def make_step_fn(model):
-    step_fn = plain(model)
+    step_fn, steps = plain(model), [0]  # the forecast does not get as far as twenty steps
 
     def planted(batch):
-        count[0] += 1
-        if count[0] == 20:
+        steps[0] += 1
+        if steps[0] == 20:
             PLANT
         return step_fn(batch)
 

@@ -227,6 +227,7 @@ def new_run():
         dict(epoch=-1),
         dict(epoch=CFG.epochs + 2),
         dict(step=1.0),
+        dict(step=-1),
         dict(step=1),
         dict(history=None),
         dict(history=[[]]),

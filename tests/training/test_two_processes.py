@@ -64,7 +64,7 @@ def learn(name: str, callbacks=()) -> dict[str, torch.Tensor]:
 
 def interrupt(folder: Path) -> None:
     "A run that a signal to one process stops in all of them."
-    with pytest.raises(Terminated, match="stopped in epoch 2 after step 3"):
+    with pytest.raises(Terminated, match="stopped in epoch 2 after step 3 and saved"):
         learn("mice", [AskOneRank(), Checkpointer(folder, report=str)])
 
 
@@ -123,6 +123,7 @@ def reproduce(out: Path, count: int) -> list[str]:
     return torchrun(count, *words) if count > 1 else [sys.executable, *words]
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_the_command_and_another_number_of_processes_resumes_it(tmp_path):
     out, output = tmp_path / "out", tmp_path / "output"
     with output.open("w") as file:
