@@ -74,7 +74,7 @@ def one_line_errors() -> Iterator[None]:
 
 # %% ../nbs/clustering/06_cli.ipynb #e8c3e876
 class BarsAsLines(io.TextIOBase):
-    "A stream for a log: of the drawings of a progress bar it writes some, as lines."
+    "A stream for a log, which writes only some of the drawings of a progress bar, as lines."
 
     def __init__(
         self,
@@ -264,7 +264,7 @@ HEADINGS = {"What to make": RESULT, "How to train": TRAINING, "How to run": RUNN
 
 
 class ClusterCommand(click.Command):
-    "A command whose options stand under headings."
+    "A command whose options are listed under headings."
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, options in HEADINGS.items():

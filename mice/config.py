@@ -16,14 +16,14 @@ from .core import check_positive, require
 def neutral(
     default: object,
 ) -> object:  # for a field of `Config`
-    "A field that says where or how a run is computed, not what."
+    "A field that decides where or how a run is computed, not what."
     return field(default=default, metadata={"neutral": True})
 
 
 def added(
     default: object,
 ) -> object:  # for a field of `Config`
-    "A field that was added when rows already existed: at its default it is no part of a run's name."
+    "A field that was added when rows already existed: at its default it is not part of a run's name."
     return field(default=default, metadata={"added": True})
 
 
@@ -44,15 +44,15 @@ class Config:
 
     # data: which images, and how the network sees them
     dataset: str = "digits"  # a name such as 'cifar10', an .npz file, or a folder of images
-    data: str = neutral("data")  # where a named dataset lies: a folder, or an .npz file
+    data: str = neutral("data")  # where a named dataset is: a folder, or an .npz file
     download: bool = neutral(False)  # fetch a named dataset into that folder if it is missing
     strict: bool = neutral(False)  # refuse a folder with unreadable images instead of skipping them
     split: str = "all"  # 'all': cluster and evaluate all images; 'test': fit on train, evaluate on test
-    subset: int = 0  # cluster only so many images, drawn without labels, the same for every seed; 0 is all
+    subset: int = 0  # cluster this many images, drawn without labels, the same for every seed; 0 is all
     image_size: int = 32  # side of the square images, pixels
     views: str = "colour"  # 'colour' for photographs, as in the official code; 'affine' for handwriting
 
-    # model: the paper's sizes and temperatures, and which prototypes learn how
+    # model: the paper's sizes and temperatures, and how the prototypes learn
     method: str = "mice"  # 'mice', or a baseline: 'two_stage', 'kmeans'
     features: str = "student"  # what the two-stage baseline clusters: 'student', 'teacher' or 'trunk'
     n_init: int = 10  # initialisations of a baseline's k-means; the best objective is kept
@@ -64,7 +64,7 @@ class Config:
     nu: int = 16384  # V, teacher embeddings kept in the queue
     ema: float = 0.999  # weight of the teacher's old parameters at each step
     mu_gradient: bool = True  # mu learns by SGD (off: ablation b, and the official code)
-    mu_closed_form: bool = True  # mu is solved anew after every epoch (off: ablation a)
+    mu_closed_form: bool = True  # mu is set to its closed form after every epoch (off: ablation a)
     omega_start: str = "simplex"  # 'simplex', or 'uniform' on the sphere (ablation c)
     omega_gradient: bool = False  # omega learns by SGD (ablation d)
     official: bool = False  # behave like the official code wherever it differs from the paper
@@ -82,12 +82,12 @@ class Config:
 
     # machine: where and how a run is computed
     device: str = neutral("auto")  # 'auto', 'cpu', 'cuda', 'cuda:1', ...
-    threads: int = neutral(1)  # CPU threads; more than there are idle cores is far slower
+    threads: int = neutral(1)  # CPU threads; far slower if there are more of them than idle cores
     precision: str = neutral("auto")  # of trunk and queue: 'float32', 'bfloat16'; 'auto': a GPU's bfloat16
     compile: str = neutral("auto")  # 'off', 'networks', 'step' (a CUDA graph, too); 'auto': a GPU's 'step'
     sync_batchnorm: bool = neutral(True)  # with several processes, batch statistics of the whole batch
     deterministic: bool = neutral(False)  # the same bits every time on a GPU too, slower
-    checkpoint_seconds: float = neutral(60.0)  # at least between two checkpoints
+    checkpoint_seconds: float = neutral(60.0)  # least time between two checkpoints
 
     def __post_init__(self):
         for item in fields(self):

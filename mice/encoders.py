@@ -166,7 +166,7 @@ def new_student(
 # %% ../nbs/training/02_encoders.ipynb #6405269c
 def make_teacher(
     student: MiCENet,
-) -> MiCENet:  # an independent copy that never asks for gradients
+) -> MiCENet:  # an independent copy without gradients
     "The teacher starts as the student."
     return deepcopy(student).requires_grad_(False)
 

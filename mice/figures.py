@@ -236,7 +236,7 @@ def with_palette(
     png: bytes,  # a PNG file
     colours: int,  # at most 256
 ) -> bytes:  # the same picture as a PNG with a palette
-    "Fewer colours, far fewer bytes; white stays white, so that the picture can lie on a white page."
+    "Fewer colours, far fewer bytes; white stays white, so that the picture fits a white page."
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     picture = picture.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     palette = np.array(picture.getpalette()).reshape(-1, 3)  # (colours, 3)
@@ -251,7 +251,7 @@ def save(
     fig: plt.Figure,  # any figure
     path: str | Path,  # ends in .png; the folder is created
     largest: int = 60_000,  # bytes; a larger picture gets 256 colours, or 128 or 64 if that brings it below
-) -> Path:  # where it lies
+) -> Path:  # the file
     "Write a small PNG."
     path, png = Path(path), io.BytesIO()
     require(path.suffix == ".png", f"path must end in .png, got {path.name!r}")

@@ -67,7 +67,7 @@ def as_value_error(
     path: Path,  # the file that is being read
     what: str,  # what it should be, such as 'a model that can be used'
     errors: tuple[type[Exception], ...],  # what reading may raise when it is something else
-    kind: str = "such file",  # what has every key; completes 'it lacks KEY, which every ... has'
+    kind: str = "such file",  # completes the message 'it lacks KEY, which every ... has'
 ) -> Iterator[None]:
     "Turn the errors of reading a file into a ValueError of one line: '<file> is not <what>: <reason>'."
     try:

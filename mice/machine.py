@@ -42,7 +42,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn")
 def environment(
     device: str | torch.device,  # the device the run used, such as 'cpu' or 'cuda:0'
 ) -> dict:  # name -> version, device name, machine type or number of CPU threads
-    "What a run ran on: enough to explain a difference, nothing that names the owner."
+    "The machine and versions of a run: enough to explain a difference, nothing that names the owner."
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = {package: version(package) for package in PACKAGES}
@@ -91,7 +91,7 @@ def peak_memory(
 
 # %% ../nbs/shared/machine.ipynb #bccd8600
 def process_memory() -> int:  # bytes
-    "What this process has and the system cannot take back; elsewhere than on Linux, the most it ever had."
+    "The memory of this process that the system cannot reclaim; on other systems than Linux, its peak memory."
     status = Path("/proc/self/status")
     if not status.is_file():
         return peak_memory("cpu")
@@ -122,9 +122,9 @@ def cgroup_free(
 
 # %% ../nbs/shared/machine.ipynb #aa00ad24
 def free_memory(
-    root: Path = Path("/"),  # where proc/ and sys/ lie
+    root: Path = Path("/"),  # where proc/ and sys/ are
 ) -> int:  # bytes
-    "Memory this process can take without swapping or being killed; half of all where nothing tells."
+    "Memory this process can take without swapping or being killed; half of all memory if that is unknown."
     meminfo, groups = root / "proc/meminfo", root / "proc/self/cgroup"
     if not meminfo.is_file():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

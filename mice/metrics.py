@@ -75,7 +75,7 @@ def evaluate(
 def most_and_least_certain(
     confidence: np.ndarray,  # (n,) of the images of one cluster, on any scale
     per: int,  # images wanted in either group
-) -> tuple[np.ndarray, np.ndarray]:  # positions of the most and of the least certain, both falling
+) -> tuple[np.ndarray, np.ndarray]:  # positions of the most and least certain, in order of falling confidence
     "Images at both ends of a cluster; none is in both."
     order, half = np.argsort(-confidence, kind="stable"), (len(confidence) + 1) // 2
     return order[: min(per, half)], order[max(half, len(order) - per) :]

@@ -65,15 +65,17 @@ def run_ranks(count: int, work: Callable, *arguments: object, **options: object)
             processes.append(FORK.Process(target=_forked, args=(stem, env, work, arguments, options)))
         for process in processes:
             process.start()
+        deadline = time.monotonic() + 200  # some hang for ever where they should have failed
         try:
-            multiprocessing.connection.wait([process.sentinel for process in processes])
+            multiprocessing.connection.wait([process.sentinel for process in processes], timeout=200)
             first = time.monotonic()
             for process in processes:
-                process.join(100)
+                process.join(max(0, deadline - time.monotonic()))
             seconds = time.monotonic() - first
         finally:
             for process in processes:
                 process.kill()
+                process.join()
         ended = []
         for process, stem in zip(processes, stems, strict=True):
             texts = [stem.with_suffix(suffix).read_text() for suffix in (".output", ".errors")]

@@ -127,7 +127,7 @@ def check_parameters(
 
 # %% ../../nbs/clustering/01_estimator.ipynb #c03ceb4a
 def check_same_model(
-    old: Config,  # of the model there is
+    old: Config,  # of the existing model
     new: Config,
 ) -> None:
     "ValueError unless a warm start keeps the sizes of the model."
@@ -140,7 +140,7 @@ def estimator_config(
     est: BaseEstimator,  # a `MiCE`
     source: Source,
     seed: int,
-    **decided: object,  # parameters that count instead of the estimator's own
+    **decided: object,  # parameters that override the estimator's own
 ) -> Config:  # every decision
     "The given parameters; for the others, on a warm start the model's, and otherwise the preset's."
     given = {name: getattr(est, name) for name in ("n_clusters", "threads", *TUNED)}
@@ -166,7 +166,7 @@ def check_batching(
     M: int,  # images
     cfg: Config,
 ) -> list[str]:  # warnings, usually none
-    "ValueError for what cannot work; warnings about what may be unwise."
+    "ValueError for settings that cannot work; warnings about those that may be unwise."
     N, K, found = cfg.batch_size, cfg.n_clusters, []
     require(M >= K, f"at least n_clusters = {K} images that can be read are needed, got {M}")
     require(M >= N, f"batch_size must be at most the number of images, {M}, got {N}")
@@ -228,7 +228,7 @@ def fit_once(
     cfg: Config,
     trial: bool = False,  # one of many: a checkpoint folder of its own, no progress bar, no callbacks
 ) -> tuple[MiCEModel, list[Epoch]]:
-    "Train once, from random weights or, on a warm start, from those there are."
+    "Train once, from random weights or, on a warm start, from those of the existing model."
     callbacks, progress = ([], False) if trial else ([*est.callbacks], bool(est.verbose))
     if est.checkpoint_dir is not None:
         name = f"trials/k{cfg.n_clusters}-seed{cfg.seed}" if trial else f"seed{cfg.seed}"
@@ -243,7 +243,7 @@ def compare_trials(
     est: BaseEstimator,  # a `MiCE`
     data: FitData,
 ) -> Comparison:
-    "Short runs with each number of clusters; their cost is told first."
+    "Short runs with each number of clusters; their cost is announced first."
     cfgs = []
     for K in data.ks:
         for seed in data.seeds:
@@ -264,10 +264,10 @@ def compare_trials(
 class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
     """Unsupervised clustering of images by a mixture of contrastive experts.
 
-    Wherever images are wanted, X is whatever `inputs.opened` takes: an array or tensor of images, a folder,
-    a list of files or PIL images, or a Dataset. What cannot be used raises ValueError.
+    X stands for images in any form that `inputs.opened` takes: an array or tensor of images, a folder,
+    a list of files or PIL images, or a Dataset. Anything that cannot be used raises ValueError.
 
-    After `fit` there are `labels_` and `probabilities_` (the cluster of each image, and its posterior),
+    After `fit` it has `labels_` and `probabilities_` (the cluster of each image, and its posterior),
     `prediction_` (posterior over all clusters, and embeddings), `files_` (paths, empty for arrays), `config_`
     (every setting), `model_`, `history_`, `loss_curve_`, `n_iter_`, `health_` (at the end), `warnings_`,
     `start_losses_` (one for each of `n_init` starts), and `comparison_` (if K was chosen, otherwise None).
@@ -365,7 +365,7 @@ class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         return self.predict_proba(X).argmax(-1)
 
     def transform(self, X: object) -> np.ndarray:  # (M, K * D) float32 rows of norm 1
-        "What all experts see in each image."
+        "The embeddings of each image by all experts, side by side."
         return flat_embeddings(self._predict_all(X))
 
     def score(self, X: object, y: object = None) -> float:  # nats, larger is better; y is ignored
@@ -401,7 +401,7 @@ class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         max_value: int | None,  # the value of white in the arrays it learned from
         notes: Sequence[str],  # warnings that are older than the training
     ) -> "MiCE":
-        "Take over a trained model, laid out in memory as in training, so that answers keep their bits."
+        "Take over a trained model, laid out in memory as in training, so that predictions keep their bits."
         self.config_ = replace(cfg, device=str(find_device(self.device)))
         self.model_ = prepare_model(model, self.config_).eval()
         self.history_, self.n_iter_ = history, len(history)
@@ -415,7 +415,7 @@ class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
     def _predict(
         self,
         images: np.ndarray,  # (M, S, S, C) uint8, at the model's size and with its channels
-        together: bool = True,  # of several processes, each takes a part
+        together: bool = True,  # several processes share the images
     ) -> Prediction:
         "Run the network."
         with cpu_threads(self.threads):
@@ -453,7 +453,7 @@ TUNED = tuple(  # parameters that the preset decides where they are None
 
 # %% ../../nbs/clustering/01_estimator.ipynb #a59db35c
 MODEL_FORMAT = 2  # raise it when this version's files can no longer be read by earlier ones
-NOT_SAVED = ("callbacks", "checkpoint_dir", "random_state", "verbose")  # no property of the model
+NOT_SAVED = ("callbacks", "checkpoint_dir", "random_state", "verbose")  # not properties of the model
 
 
 def to_json(
@@ -507,7 +507,7 @@ def model_bytes(
 def read_model(
     path: Path,
 ) -> tuple[dict[str, Tensor], dict]:  # tensors, and facts as from `model_facts`
-    "The content of a model's file, also of one that an earlier version wrote."
+    "The content of a model's file, even if an earlier version wrote it."
     with safe_open(path, "pt") as file:
         facts = json.loads((file.metadata() or {})["mice"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}

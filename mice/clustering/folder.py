@@ -120,7 +120,7 @@ def run_options(
     options: ClusterOptions,
     images: np.ndarray,  # (M, S, S, C) uint8
 ) -> dict:  # as JSON would read it
-    "All that decides the result of a run."
+    "Everything that decides the result of a run."
     decisive = {name: value for name, value in options._asdict().items() if name not in NEUTRAL_OPTIONS}
     settings = decisive.pop("settings")
     return json.loads(json.dumps(decisive | settings | dict(images=array_hash(images))))
@@ -139,7 +139,7 @@ def write_run_file(
 def read_run_file(
     out: Path,
 ) -> dict:  # options (dict) and finished (bool); empty if there is none that can be read
-    "The record of the run that a folder belongs to, also of one that an earlier version wrote."
+    "The record of the run that a folder belongs to, even if an earlier version wrote it."
     try:
         record = json.loads((out / RUN_FILE).read_bytes())
         decided = record["options"] if "options" in record else record["wishes"]
@@ -182,7 +182,7 @@ def fit_or_load(
     options: ClusterOptions,
     notify: Callable[[str], None],  # takes a message for the user
 ) -> tuple[MiCE, Prediction]:
-    "The fitted estimator of a folder, trained, resumed or loaded, and what it says of the images."
+    "The fitted estimator of a folder, trained, resumed or loaded, and its predictions for the images."
     decided, model = run_options(options, images), out / MODEL_FILE
     if claim_folder(out, decided, options.overwrite):
         notify(f"{out} holds this run already: its model is loaded, nothing is trained")
@@ -295,7 +295,7 @@ def cluster(
 def summary_lines(
     facts: dict,  # as from `cluster`
 ) -> list[str]:
-    "What came of it, in words."
+    "The outcome, in words."
     choice = [facts["choice"], ""] if facts["choice"] else []
     done = f"{facts['images']:,} images in {format_duration(facts['seconds'])}"
     unsure = f"{facts['unsure']:,} are unsure (a second cluster is nearly as likely)"
@@ -362,7 +362,7 @@ def predict_folder(
     device: str = "auto",
     threads: int = 1,
 ) -> tuple[list[tuple], tuple[Note, ...]]:  # rows as from `table_rows`, and what was skipped
-    "The clusters of the images below a folder; of several processes, each takes a part."
+    "The clusters of the images below a folder; several processes share the work."
     est, _ = open_model(model, distributed.local_device(device))
     source = opened(folder, threads=threads, skip=RUN_FILE)
     ranks, S, C = distributed.world_size(), est.config_.image_size, len(est.model_.mean)
@@ -382,7 +382,7 @@ def predict_folder(
 def model_info(
     path: Path,  # as for `open_model`
 ) -> dict:  # as JSON would read it
-    "All that a model knows of itself, except its weights."
+    "Everything that a model file records, except the weights."
     est, file = open_model(path, "cpu")
     labels, confidence = getattr(est, "labels_", np.array([])), getattr(est, "probabilities_", np.array([]))
     rows = [("", z, p) for z, p in zip(labels.tolist(), confidence.tolist(), strict=True)]

@@ -186,7 +186,7 @@ def target_paths(
 def link_or_copy(
     source: Path,  # an image
     target: Path,  # where to write
-    final_folder: Path,  # the folder in which the target will lie in the end
+    final_folder: Path,  # the folder in which the target will end up
     kind: str,  # 'link' or 'copy'
 ) -> None:
     "Put one image into a folder."
@@ -199,7 +199,7 @@ def link_or_copy(
 def sort_into_folders(
     folder: Path,  # of the images
     out: Path,
-    names: list[str],  # (M,) paths from the folder
+    names: list[str],  # (M,) paths relative to the folder
     clusters: list[int],  # (M,)
     K: int,
     kind: str,  # 'link' or 'copy'

@@ -41,7 +41,7 @@ from .estimator import MiCE
 
 # %% ../../nbs/clustering/04_report.ipynb #e767e08e
 class Findings(NamedTuple):
-    "All that a report shows; row i of everything is image i."
+    "Everything a report shows; row i of everything is image i."
 
     images: np.ndarray  # (M, S, S, C) uint8, C = 1 or 3
     clusters: np.ndarray  # (M,) from 0
@@ -183,7 +183,7 @@ def pixel_similarity(
 def duplicate_descriptors(
     findings: Findings,
 ) -> Tensor:  # (M, 64 + 32) or shorter
-    "What an image looks like from afar, and what the model sees in it."
+    "Coarse grey levels of each image, and its embedding along the main axes."
     small = torch.from_numpy(resize(findings.images, 8).mean(-1, dtype=np.float32)).flatten(1)  # (M, 64)
     rows = torch.randperm(len(small), generator=generator("duplicates"))[:3000].numpy()
     axes = reduce_dimension(findings.embeddings, rows, 32)  # (M, 32)
@@ -281,9 +281,9 @@ def encode_sheets(
 # %% ../../nbs/clustering/04_report.ipynb #b27583c9
 def relative_names(
     files: list,  # paths
-    skipped: list,  # paths, from the same folder or in full
+    skipped: list,  # paths, relative to the same folder or absolute
 ) -> tuple[str, list[str], list[str]]:  # name of the folder they share, '' if none; the two lists, printable
-    "Paths from the folder they share."
+    "Paths relative to the folder they share."
     paths, root = [str(path) for path in files], ""
     if len({os.path.isabs(path) for path in paths}) == 1:  # neither none nor a mixture
         root = os.path.commonpath([os.path.dirname(path) for path in paths])

@@ -186,7 +186,7 @@ def add_agreement(
 
 # %% ../../nbs/clustering/02_selection.ipynb #0537c47e
 def compare_runs(
-    images: np.ndarray,  # (M, S, S, C) uint8; labels have no way in
+    images: np.ndarray,  # (M, S, S, C) uint8; labels are never passed in
     cfgs: list[Config],  # one for each run: several K, at least two seeds of each
     learn: Callable[[Config], tuple] | None = None,  # trains: Config -> (model, history); `loop.fit` if None
     progress: bool = False,  # show a bar

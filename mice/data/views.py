@@ -72,7 +72,7 @@ def warp(
 
 # %% ../../nbs/data/06_views.ipynb #deb540cf
 class AffineParams(NamedTuple):
-    "The random parameters of one view of each drawing."
+    "The random parameters of one view of each image of handwriting."
 
     maps: Tensor  # (N, 2, 3) from the view's pixels to the image's, both in [-1, 1]
     light: Tensor  # (N, 1, 1, 1) brightness factor

@@ -285,7 +285,7 @@ PREFETCH = LADDER["+ channels last"]._replace(prefetch=True)
 
 # %% ../../nbs/reproduction/09_bench.ipynb #7d7bc45a
 class PlainModel(MiCEModel):
-    "MiCE as a first version has it, except for the parts that `options` improves."
+    "MiCE as in the first version, except for the parts that `options` improves."
 
     def __init__(
         self,
@@ -348,7 +348,7 @@ def view_batches(
     images: np.ndarray,  # (M, H, W, 3) uint8
     workers: int,  # processes that make plain views
 ) -> Iterator[list[Tensor]]:  # three standardised views (N, 3, H, W) of each batch, on the model's device
-    "The views of an endless training run, made as the model's options say."
+    "The views of an endless training run, made according to the model's options."
     mean, std, device = model.mean, model.std, model.mean.device
     if not model.options.batched_views:
         N = model.cfg.batch_size
@@ -667,7 +667,7 @@ PLANS = dict(
 def machine_info(
     device: torch.device,
 ) -> dict:
-    "What explains a number: processor, GPU, threads, versions, commit; nothing that names the owner."
+    "Facts that explain the numbers: processor, GPU, threads, versions, commit; nothing that names the owner."
     known = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.+)$", known.read_text(), re.M) if known.is_file() else None
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None

@@ -89,7 +89,7 @@ def check_metrics(
 
 # %% ../../nbs/reproduction/04_ledger.ipynb #57e4af3c
 def check_row(
-    row: "Row",  # as it was constructed
+    row: object,  # a `Row`, as it was constructed
 ) -> None:
     "Raise ValueError unless every field of a row has its type and range."
     for item in fields(row):
@@ -121,7 +121,7 @@ def run_results(
     evaluated: Images,
     history: list[Epoch],  # empty if the method does not train
     stages: dict,  # epoch: its `methods.Clustering` of the evaluated images; the last one counts
-) -> dict:  # the fields of a row that say what came out
+) -> dict:  # the fields of a row that hold the results
     "Scores, diagnostics, losses and warnings of a finished run."
     last = stages[max(stages)]
     scores = {epoch: score_clusters(evaluated, stage.clusters) for epoch, stage in stages.items()}
@@ -246,7 +246,7 @@ def row_path(
     method: str,  # such as 'mice'
     out: str | Path,  # folder of the results; rows go to its subfolder 'ledger'
 ) -> Path:
-    "Where the row of a run lies, or will lie."
+    "The path of the row of a run, written or not."
     return Path(out) / "ledger" / f"{run_name(config, method)}.json"
 
 # %% ../../nbs/reproduction/04_ledger.ipynb #c8a4c1c7

@@ -192,7 +192,7 @@ def run_worker(
     values: dict,  # parameter -> value, of the run
     out: Path,  # folder of its checkpoints, which only the main process touches
 ) -> None:
-    "The part of every process of a run but the main one."
+    "The work of every process of a run except the main one."
     cfg = config_from(values)
     fit_set, eval_set = load_dataset(cfg)
     if METHODS[cfg.method].model is None:

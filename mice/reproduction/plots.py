@@ -140,7 +140,7 @@ def map_run(
     rows: list[Row],  # of a ledger
     out: str | Path,  # folder of the results
 ) -> tuple[tables.Group, Path] | None:  # one run, and its picture; None if there is no picture
-    "The run whose maps are shown: CIFAR-10 if there is one, then the digits; of its seeds the first."
+    "The run whose maps are shown: on CIFAR-10 if there is one, else on the digits; the first seed with maps."
     for dataset in ("cifar10", "digits"):
         group = shown_group(rows, dataset, "mice")
         for row in group.rows if group else ():

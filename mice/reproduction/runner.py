@@ -40,7 +40,7 @@ from .methods import forecast_line
 def parse_value(
     text: str,  # what follows the equals sign
 ) -> object:
-    "The value YAML reads; 1e-3, which YAML reads as a word, is a number."
+    "The value YAML reads; 1e-3, which YAML reads as a string, is a number."
     try:
         return float(text) if "e" in text.lower() else yaml.safe_load(text)
     except ValueError:
@@ -76,7 +76,7 @@ def experiments() -> dict:  # name -> text of its file
 def experiment_settings(
     name: str,  # of an experiment, such as 'digits'
 ) -> dict:  # parameter -> value
-    "What an experiment changes of the paper's defaults; with `base`, on top of what that experiment changes."
+    "The settings in which an experiment differs from the paper's defaults, those of its `base` included."
     known = experiments()
     near = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "`mice reproduce` without a name lists them"
@@ -243,8 +243,8 @@ def dry_run_lines(
 # %% ../../nbs/reproduction/08_runner.ipynb #d33043a6
 def evaluate_official(
     path: Path,  # a .pth file of the official code
-    dataset: str,  # a name such as 'cifar10'; empty: what the file says
-    data: str,  # where the dataset lies
+    dataset: str,  # a name such as 'cifar10'; empty: the one named in the file
+    data: str,  # where the dataset is
     device: str,  # 'auto', 'cpu', 'cuda', ...
 ) -> tuple[list[str], np.ndarray]:  # lines to print, and the cluster of each image (M,)
     "Accuracy of an official checkpoint on all images of its dataset."

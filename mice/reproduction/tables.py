@@ -77,7 +77,7 @@ ABLATIONS = dict(
 def decisive_settings(
     config: dict,  # name -> value, as in a row; a row older than a parameter had its default
 ) -> dict:  # all parameters but the neutral ones
-    "What decides a result, apart from the seed."
+    "The settings that decide a result, apart from the seed."
     everything = {item.name: item.default for item in fields(Config)} | config
     decisive = {name: value for name, value in everything.items() if name not in ("seed", *NEUTRAL)}
     return decisive | dict(dataset=Path(config["dataset"]).name, milestones=list(everything["milestones"]))
@@ -251,7 +251,7 @@ def measured(
     text: str,  # what the table shows
     group: Group | None,  # the runs it was made from; None if there are none
 ) -> Measured:
-    "A cell that knows its rows; without rows it says so."
+    "A cell that knows its rows; without rows it reads 'not run'."
     cell = Measured(text if group else NOT_RUN)
     cell.rows = group.names if group else ()
     return cell
@@ -417,7 +417,7 @@ def our_lines(
 def table1(
     rows: list[Row],  # of a ledger
 ) -> pd.DataFrame:  # (method, line) x (dataset, score): text, our cells of type `Measured`
-    "The paper's Table 1, and under each method we run ourselves what we got."
+    "The paper's Table 1, with our results under each method that we run ourselves."
     paper, groups, lines = paper_table1(), group_runs(rows), {}
     ours = {info.paper: method for method, info in TABLE_METHODS.items()}
     for name, block in paper.groupby(level="method", sort=False):
@@ -508,7 +508,7 @@ def run_table(
     rows: list[Row],  # of a ledger
     datasets: list[str],  # such as ['digits']
 ) -> pd.DataFrame:  # (dataset, method, hash) x `RUN_COLUMNS`
-    "Full model and baselines, one line per group of settings; what is missing is not run."
+    "Full model and baselines, one line per group of settings; missing ones read 'not run'."
     def order(group):
         s = group.settings
         return why_not_comparable(s), -s["epochs"], -len(group.rows), s["features"], group.base
@@ -526,7 +526,7 @@ def run_table(
 def keep_shared_seeds(
     block: dict,  # variant: group
 ) -> dict:  # the same with the seeds that all variants have, if there are any
-    "Compare like with like: a seed that only some variants ran is left out."
+    "Compare like with like: drop the seeds that only some variants ran."
     shared = set.intersection(*({row.seed for row in group.rows} for group in block.values()))
     if not shared:
         return block
@@ -540,7 +540,7 @@ def ablation_blocks(
     rows: list[Row],  # of a ledger
     dataset: str,  # such as 'cifar100-20'
 ) -> dict:  # base: {variant: group}; the base with most variants first, then the longest
-    "Bases of which some ablation was run; if there is none, the full models."
+    "Bases with which some ablation was run; if there is none, the full models."
     found = defaultdict(dict)
     for group in group_runs(rows):
         if (group.dataset, group.method) == (dataset, "mice") and group.variant in ABLATIONS:
@@ -561,7 +561,7 @@ def ablation_table(
     rows: list[Row],  # of a ledger
     dataset: str,  # such as 'cifar100-20'
 ) -> pd.DataFrame:  # (base, variant, model) x `ABLATION_COLUMNS`
-    "The paper's ablations beside ours, one block for each base; what is missing is not run."
+    "The paper's ablations beside ours, one block for each base; missing ones read 'not run'."
     labels, lines = [], []
     for base, block in (ablation_blocks(rows, dataset) or {"-": {}}).items():
         for name, ablation in ABLATIONS.items():

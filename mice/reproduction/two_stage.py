@@ -74,7 +74,7 @@ class MoCoModel(StudentTeacher):
 
 # %% ../../nbs/reproduction/02_two_stage.ipynb #b652230c
 def fit_moco(
-    images: np.ndarray,  # (M, H, W[, C]) uint8; labels have no way in
+    images: np.ndarray,  # (M, H, W[, C]) uint8; labels are never passed in
     cfg: Config,
     callbacks: Sequence[Callback] = (),  # such as a `checkpoints.Checkpointer`
     progress: bool = True,  # show a progress bar

@@ -125,7 +125,7 @@ def shard(
 def all_gather(
     x: Tensor,  # (n, ...) of this rank; the same shape on every rank
 ) -> Tensor:  # (n * R, ...) the rows of all ranks in their order, detached
-    "The rows of all processes below each other: the inverse of `shard`."
+    "The rows of all processes, stacked: the inverse of `shard`."
     x = x.detach().contiguous()
     if world_size() == 1:
         return x
@@ -222,8 +222,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def convert_sync_batchnorm(
-    model: nn.Module,  # changed in place; parameters, buffers and their names stay what they are
-    device: torch.device,  # that it will train on
+    model: nn.Module,  # changed in place; parameters, buffers and their names stay the same
+    device: torch.device,  # on which it will train
 ) -> nn.Module:  # the same
     "Let every batch-norm of a model use the batch of all processes."
     if device.type == "cuda":
@@ -250,7 +250,7 @@ def shard_slices(
 def shard_slice(
     count: int,  # M, items to be dealt out
 ) -> slice:  # those of this rank
-    "The items this process works on, as many as the others' or one more or less."
+    "The items this process works on; no other process has more than one item more or less."
     return shard_slices(count)[rank()]
 
 # %% ../../nbs/training/09_distributed.ipynb #0b93066a
@@ -282,7 +282,7 @@ def all_reduce_max(
 def all_gather_object(
     item: object,  # of this process: anything pickle can write
 ) -> list:  # of every process, in order
-    "An object of each process; for small things, and for what has no shape."
+    "An object of each process; for small things that are not tensors of one shape."
     items = [item] * world_size()
     if world_size() > 1:
         dist.all_gather_object(items, item)

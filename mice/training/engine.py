@@ -38,7 +38,7 @@ def find_device(
 def cpu_threads(
     count: int,  # threads while inside
 ) -> Iterator[None]:
-    "Use `count` CPU threads, then restore what was."
+    "Use `count` CPU threads, then restore the number there was before."
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -126,7 +126,7 @@ def restore(
     state: list[Tensor],  # changed in place
     saved: list[Tensor],  # from `snapshot`
 ) -> None:
-    "Put back what the tensors held."
+    "Restore the values of the tensors."
     for x, old in zip(state, saved, strict=True):
         x.copy_(old)
 
@@ -178,7 +178,7 @@ class CapturedStep:
 def probe_step(
     step_fn: Callable,
     state: list[Tensor],  # all that the step changes; restored afterwards
-    weights: list[Tensor],  # those of it that learn
+    weights: list[Tensor],  # the part of it that learns
     batch: object,
 ) -> tuple[float, Tensor]:  # loss; update of all weights, one long vector
     "The loss and the update of one step."
@@ -210,7 +210,7 @@ def try_or_warn(
     improve: Callable[[], Callable],  # makes the faster step
     check: Callable[[Callable], None],  # raises if that step is wrong
 ) -> Callable | None:
-    "The faster step; None, and a warning that says why, if there is none."
+    "The faster step; if it fails, None and a warning with the reason."
     try:
         step_fn = improve()
         check(step_fn)
@@ -225,11 +225,11 @@ def accelerate(
     step_fn: Callable,  # the plain step: from a batch to the loss
     modules: list[nn.Module],  # that may be compiled
     state: list[Tensor],  # all that the step changes, in place
-    weights: list[Tensor],  # those of it that learn
+    weights: list[Tensor],  # the part of it that learns
     batch: object,  # an example
     mode: str,  # 'off', 'networks' or 'step', as `Config.compile`
 ) -> Callable:  # the fastest step that gives the same result
-    "Compile and capture a step; what fails, or gives another result, is left out with a warning."
+    "Compile and capture a step; if one of them fails or gives another result, it is dropped with a warning."
     if mode == "off":
         return step_fn
     plain = probe_step(step_fn, state, weights, batch)

@@ -136,7 +136,7 @@ class Memory(NamedTuple):
 def available_memory(
     device: torch.device,
 ) -> Memory:  # what a run may take
-    "Free memory, divided among the processes of a run on this machine, and what this process has already."
+    "Free memory, divided among the processes of a run on this machine, plus what this process has already."
     on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Memory(free_memory() // processes + process_memory(), on_device)
@@ -191,10 +191,10 @@ def suggestions(
     fits: Callable[[Config], bool],
     cfg: Config,
 ) -> list[str]:  # such as 'batch_size = 64'
-    "Single changes that make a run fit; of each setting the nearest value."
+    "Single changes that make a run fit: for each setting, the nearest value that does."
     found = []
     for name, values in smaller_settings(cfg).items():
-        if fits(replace(cfg, **{name: values[-1]})):  # the farthest value does, so one of them is the nearest
+        if fits(replace(cfg, **{name: values[-1]})):  # if the farthest value fits, there is a nearest one
             nearest = next(value for value in values if fits(replace(cfg, **{name: value})))
             found.append(f"{name} = {nearest}")
     return found
@@ -205,7 +205,7 @@ def check_fits_memory(
     cfg: Config,
     **how: object,  # arguments of `run_memory`
 ) -> Memory:  # what the run will need
-    "Raise ValueError if a run cannot fit, with what would make it fit."
+    "Raise ValueError if a run cannot fit; the message suggests settings that would."
     def lacking(cfg):
         need, free = run_memory(shape, cfg, **how), available_memory(find_device(cfg.device))
         rows = zip(("memory", "GPU memory"), need, free, strict=True)
@@ -227,7 +227,7 @@ def measure_step_seconds(
     model_class: type[StudentTeacher] = MiCEModel,
     patience: float = 10.0,  # seconds; a first step longer than this is the only one
 ) -> tuple[float, float]:  # seconds of a step, and of the health check of an epoch
-    "Measured on a run that is discarded and does not learn: an absurd `lr` is left to the real run."
+    "Measured on a discarded run with a tiny `lr`, so that an absurd one fails in the real run and not here."
     sample, cfg = images[: max(256, cfg.batch_size)], replace(cfg, lr=1e-9)
     run = init_run(model_class(cfg, *channel_stats(sample)), sample, cfg)
     data, index = torch.from_numpy(sample), torch.arange(cfg.batch_size)

@@ -240,7 +240,7 @@ def make_batch(
     epoch: int,
     step: int,  # within the epoch
 ) -> Batch:  # on the model's device
-    "One batch; of several processes, this one's share of it."
+    "One batch; with several processes, the share of this one."
     cfg, device, shape = model.cfg, model.mean.device, (len(index), *images.shape[1:])
     params = []
     for i in range(1, model.n_views + 1):
@@ -268,7 +268,7 @@ class Epoch(NamedTuple):
     lr: float  # learning rate
     sizes: list[int] | None  # images assigned to each cluster, if the method assigns any
     images_per_second: float
-    seconds: float  # it took
+    seconds: float  # duration
     health: dict | None = None  # state of the model at its end, as in `health.Health`
 
 # %% ../../nbs/training/03_loop.ipynb #8ce0d130
@@ -332,7 +332,7 @@ class Callback:
         "After every epoch: its record is `run.history[-1]`, `run.epoch` is already the next one."
 
     def on_train_end(self, run: Run, error: BaseException | None) -> None:
-        "In the end, however the run ended."
+        "After the last step, however the run ended."
 
 # %% ../../nbs/training/03_loop.ipynb #a1000008
 class Progress(Callback):
@@ -400,7 +400,7 @@ def check_losses_finite(
 
 # %% ../../nbs/training/03_loop.ipynb #d3acf500
 def train_epoch(
-    run: Run,  # moved on to the next epoch
+    run: Run,  # changed in place; afterwards at the start of the next epoch
     images: Tensor,  # (M, H, W, C) uint8
     step_fn: Callable[[Batch], Tensor],  # as from `make_step_fn` or `accelerate_step`
     callbacks: Sequence[Callback] = (),
@@ -456,7 +456,7 @@ def check_batch_size(
 # %% ../../nbs/training/03_loop.ipynb #56f92b47
 def train(
     model: StudentTeacher,  # changed in place
-    images: np.ndarray,  # (M, H, W[, C]) uint8; labels have no way in
+    images: np.ndarray,  # (M, H, W[, C]) uint8; labels are never passed in
     cfg: Config,
     callbacks: Sequence[Callback] = (),  # called in this order
     progress: bool = True,  # show a progress bar
@@ -483,7 +483,7 @@ def train(
 
 # %% ../../nbs/training/03_loop.ipynb #c1754d9f
 def fit(
-    images: np.ndarray,  # (M, H, W[, C]) uint8; labels have no way in
+    images: np.ndarray,  # (M, H, W[, C]) uint8; labels are never passed in
     cfg: Config,
     callbacks: Sequence[Callback] = (),  # such as a `checkpoints.Checkpointer`
     progress: bool = True,  # show a progress bar
@@ -504,8 +504,8 @@ def predict(
     model: MiCEModel,  # its train/eval mode is left as it was
     images: np.ndarray,  # (M, H, W[, C]) uint8
     cfg: Config,
-    batch: int = 256,  # images at once; does not change the answer
-    together: bool = True,  # of several processes, each takes a part; off: each does all it is given
+    batch: int = 256,  # images at once; does not change the result
+    together: bool = True,  # several processes share the images; off: each processes all it is given
 ) -> Prediction:
     "Posterior over clusters and embeddings of each image, independent of order and batch unless `official`."
     parts, queue = [], deepcopy(model.queue) if cfg.official else model.queue
@@ -526,6 +526,6 @@ def predict(
 def flat_embeddings(
     prediction: Prediction,
 ) -> np.ndarray:  # (M, K * D) float32 rows of norm 1
-    "What all experts see in each image, side by side."
+    "The embeddings of each image by all experts, side by side."
     M, K, _ = prediction.embeddings.shape
     return (prediction.embeddings.reshape(M, -1) / math.sqrt(K)).numpy()

@@ -18,7 +18,7 @@ from .loop import Callback, Epoch, Run
 def scalars(
     epoch: Epoch,  # just done
 ) -> dict[str, float]:  # name -> value; names with a common first word are drawn together
-    "The curves an epoch adds a point to; what its method does not have is left out."
+    "The curves to which an epoch adds a point; those that its method does not have are omitted."
     sizes, health = epoch.sizes or [], epoch.health or {}
     training = {f"training/{name}": getattr(epoch, name) for name in ("loss", "lr", "images_per_second")}
     shares = {f"share/cluster {k}": size / sum(sizes) for k, size in enumerate(sizes)}

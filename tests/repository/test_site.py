@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -32,7 +33,8 @@ EQUATIONS = {  # number -> the notebook that derives it, and what computes it
 
 def prepare(folder: Path) -> None:
     "The first half of `make docs`, in a copy of the project."
-    run(sys.executable, "tools/pages.py", cwd=copy_sources(folder / "mice"))
+    copy = copy_sources(folder / "mice")
+    run(sys.executable, "tools/pages.py", cwd=copy, env=os.environ | dict(PYTHONPATH=str(copy)))
 
 
 @pytest.fixture(scope="session")
