@@ -117,7 +117,8 @@ def command_output(
     quiet: bool = False,  # discard it
 ) -> Iterator[None]:
     "Inside, everything that is printed goes to stderr."
-    stderr, stream = sys.stderr, io.StringIO() if quiet else log_stream(sys.stderr)
+    stderr = sys.stderr
+    stream = io.StringIO() if quiet else log_stream(sys.stderr)
 
     def stop(number, frame):
         print("mice: stopped; the same command resumes", file=stderr)
@@ -208,16 +209,19 @@ RESULT = [
 ]
 TRAINING = [
     click.Option(
-        ["--epochs"], type=int, metavar="N", help="Passes over the images.  [default: by their number]"
+        ["--epochs"],
+        type=int,
+        metavar="N",
+        help="Passes over the images.  [default: depends on the number of images]",
     ),
     click.Option(
         ["--size"],
         type=int,
         metavar="PIXELS",
-        help="Resize the images to this height and width.  [default: by theirs]",
+        help="Resize the images to this height and width.  [default: depends on their size]",
     ),
     click.Option(
-        ["--starts", "n_init"],
+        ["--n-init", "n_init"],
         type=int,
         metavar="N",
         default=1,
@@ -359,7 +363,7 @@ def info_command(model, as_json):
 # %% ../nbs/clustering/06_cli.ipynb #a08b242b
 @main.command("reproduce", short_help="Run an experiment of the paper; alone, list them all.")
 @click.argument("name", required=False)
-@click.option("--data", help="Where the dataset lies: a folder, or an .npz file.  [default: data]")
+@click.option("--data", help="Where the dataset is: a folder, or an .npz file.  [default: data]")
 @click.option("--download", is_flag=True, help="Fetch a missing dataset into that folder.")
 @click.option(
     "--strict", is_flag=True, help="Refuse a folder with unreadable images instead of skipping them."
@@ -413,9 +417,9 @@ def results_command(out):
 
 @main.command("evaluate", short_help="Evaluate a checkpoint of the official code.")
 @click.argument("path", type=PATH)
-@click.option("--dataset", default="", help="Such as cifar10.  [default: what the file says]")
+@click.option("--dataset", default="", help="Such as cifar10.  [default: as named in the file]")
 @click.option(
-    "--data", default="data", show_default=True, help="Where the dataset lies: a folder, or an .npz file."
+    "--data", default="data", show_default=True, help="Where the dataset is: a folder, or an .npz file."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
 @click.option("--out", type=PATH, help="An .npz file to write the clusters to.")

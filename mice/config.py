@@ -125,7 +125,9 @@ def check_config(
     check_positive(**{name: getattr(cfg, name) for name in positive.split()})
     for name in ("momentum", "weight_decay", "warmup", "seed", "subset"):
         require(getattr(cfg, name) >= 0, f"{name} must not be negative, got {getattr(cfg, name)}")
-    K, D, edges = cfg.n_clusters, cfg.dim, (0, *cfg.milestones, 1)
+    K = cfg.n_clusters
+    D = cfg.dim
+    edges = (0, *cfg.milestones, 1)
     require(K >= 2, f"n_clusters must be at least 2, a mixture has two experts or more, got {K}")
     fits = cfg.omega_start != "simplex" or D >= K - 1
     require(fits, f"dim must be at least n_clusters - 1 = {K - 1}, got {D}")

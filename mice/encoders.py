@@ -59,7 +59,8 @@ def make_trunk(
         return small_trunk(channels), 64
     trunk = getattr(torchvision.models, arch.removesuffix("_cifar"))(weights=None)
     if arch.endswith("_cifar"):
-        trunk.conv1, trunk.maxpool = nn.Conv2d(channels, 64, 3, 1, 1, bias=False), nn.Identity()
+        trunk.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
+        trunk.maxpool = nn.Identity()
     elif channels != 3:
         trunk.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -84,7 +85,8 @@ class HeadedTrunk(nn.Module):
         for name, value in sizes.items():
             require(value >= 1, f"{name} must be at least 1, got {value}")
         self.trunk, features = make_trunk(arch, channels)
-        self.heads, self.dim = nn.Linear(features, n_heads * dim), dim
+        self.heads = nn.Linear(features, n_heads * dim)
+        self.dim = dim
 
     def features(
         self,

@@ -115,7 +115,8 @@ def tsne_map(
     check_finite(embeddings=x)
     require(M >= 4, f"embeddings must have at least 4 rows, got {M}")
     chosen = torch.randperm(M, generator=generator(seed, "embed_2d"))[:most].sort().values
-    x, places = unit(x)[chosen].numpy(), np.full((M, 2), np.nan)
+    x = unit(x)[chosen].numpy()
+    places = np.full((M, 2), np.nan)
     places[chosen] = 0
     if (x != x[0]).any():
         perplexity = min(30, (len(x) - 1) / 3)
@@ -148,7 +149,8 @@ def matched_counts(
     clusters: np.ndarray,  # (M,) cluster of each image
 ) -> tuple[np.ndarray, list, list]:  # counts (C, K'); clusters, as the columns; class of each, or None
     "The table of counts with clusters in the order of the classes they are matched to, surplus ones last."
-    matched, found = metrics.match_clusters(labels, clusters), np.unique(clusters)
+    matched = metrics.match_clusters(labels, clusters)
+    found = np.unique(clusters)
     surplus = [k for k in found.tolist() if k not in matched]
     order = [*sorted(matched, key=matched.get), *surplus]
     counts = metrics.contingency_table(labels, clusters)[np.searchsorted(found, order)].T  # (C, K')
@@ -161,7 +163,8 @@ def confusion(
     class_names: list[str] | None = None,  # name of each class that occurs, ascending; its number if None
 ) -> plt.Figure:
     "Share of each class in each cluster, in per cent; frames are the best matching."
-    (counts, order, matched), classes = matched_counts(labels, clusters), np.unique(labels).tolist()
+    (counts, order, matched) = matched_counts(labels, clusters)
+    classes = np.unique(labels).tolist()
     (C, K), names = counts.shape, class_names or classes
     require(len(names) == C, f"class_names must have {C} entries, got {len(names)}")
     size = 8.5 if max(C, K) <= 12 else 6.5  # points
@@ -253,7 +256,8 @@ def save(
     largest: int = 60_000,  # bytes; a larger picture gets 256 colours, or 128 or 64 if that brings it below
 ) -> Path:  # the file
     "Write a small PNG."
-    path, png = Path(path), io.BytesIO()
+    path = Path(path)
+    png = io.BytesIO()
     require(path.suffix == ".png", f"path must end in .png, got {path.name!r}")
     fig.savefig(png, format="png", metadata={"Software": None})
     files = [png.getvalue(), *(with_palette(png.getvalue(), colours) for colours in (256, 128, 64))]

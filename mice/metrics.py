@@ -77,5 +77,6 @@ def most_and_least_certain(
     per: int,  # images wanted in either group
 ) -> tuple[np.ndarray, np.ndarray]:  # positions of the most and least certain, in order of falling confidence
     "Images at both ends of a cluster; none is in both."
-    order, half = np.argsort(-confidence, kind="stable"), (len(confidence) + 1) // 2
+    order = np.argsort(-confidence, kind="stable")
+    half = (len(confidence) + 1) // 2
     return order[: min(per, half)], order[max(half, len(order) - per) :]

@@ -66,7 +66,7 @@ class RecordingCheckpointer(Checkpointer):
 
     def __init__(self, folder: Path, every: float = 0.0):
         self.journal = os.open(folder / "journal", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-        super().__init__(folder / "checkpoints", every, report=partial(self.note, "report"))
+        super().__init__(folder / "checkpoints", every, notify=partial(self.note, "report"))
 
     def note(self, *words) -> None:
         os.write(self.journal, json.dumps([time.monotonic(), *words]).encode() + b"\n")
@@ -96,14 +96,14 @@ def read_journal(folder: Path, *kinds: str) -> list[list]:
 
 def note_saves(checkpointer: RecordingCheckpointer) -> None:
     "Note when a save begins and when it is over."
-    plain = checkpoints.save_or_report
+    plain = checkpoints.save_or_notify
 
-    def noting(folder, tensors, facts, report):
+    def noting(folder, tensors, facts, notify):
         checkpointer.note("save", facts["epoch"], facts["step"])
-        plain(folder, tensors, facts, report)
+        plain(folder, tensors, facts, notify)
         checkpointer.note("saved", facts["epoch"], facts["step"])
 
-    checkpoints.save_or_report = noting
+    checkpoints.save_or_notify = noting
 
 
 def readable(folder: Path) -> list[str]:
@@ -223,7 +223,7 @@ def save_once(folder: Path, disturb: Callable[[], list[str]]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     checkpointer.note("ready")
     calls = disturb()
-    checkpoints.save_or_report(checkpointer.folder, tensors, facts, checkpointer.report)
+    checkpoints.save_or_notify(checkpointer.folder, tensors, facts, checkpointer.notify)
     sys.setprofile(None)
     checkpointer.note("survived", calls, readable(checkpointer.folder))
     while run.epoch <= CFG.epochs:
@@ -307,7 +307,7 @@ def read_only(checkpointer: RecordingCheckpointer) -> Callback:
 
 def forbidden(checkpointer: RecordingCheckpointer) -> Callback:
     "The folder may be read but not written; root, whom that would not stop, saves as another user."
-    plain = checkpoints.save_or_report
+    plain = checkpoints.save_or_notify
 
     def as_nobody(*arguments):
         os.seteuid(65534)
@@ -319,7 +319,7 @@ def forbidden(checkpointer: RecordingCheckpointer) -> Callback:
     def act():
         checkpointer.folder.chmod(0o555)
         if os.geteuid() == 0:
-            checkpoints.save_or_report = as_nobody
+            checkpoints.save_or_notify = as_nobody
 
     return AfterEpoch(checkpointer, 5, act)
 

@@ -111,7 +111,7 @@ def check_parameters(
     est: BaseEstimator,  # a `MiCE`
 ) -> None:
     "ValueError for a preset that does not exist, and for parameters that contradict each other."
-    one_model = "warm_start trains the one model there is"
+    one_model = "warm_start continues the existing model"
     several = not isinstance(est.n_clusters, Integral)
     known, starts = est.preset in ("auto", "paper"), est.n_init
     require(known, f"preset must be 'auto' or 'paper', got {est.preset!r}")
@@ -133,7 +133,7 @@ def check_same_model(
     "ValueError unless a warm start keeps the sizes of the model."
     for name in ("arch", "n_clusters", "dim", "nu"):
         was, now = getattr(old, name), getattr(new, name)
-        require(was == now, f"warm_start trains the model there is: {name} must stay {was!r}, got {now!r}")
+        require(was == now, f"warm_start continues the existing model: {name} must stay {was!r}, got {now!r}")
 
 # %% ../../nbs/clustering/01_estimator.ipynb #03798b8e
 def estimator_config(
@@ -147,7 +147,8 @@ def estimator_config(
     given = {name: value for name, value in given.items() if value is not None} | decided
     for name, value in given.items():
         given[name] = value.item() if isinstance(value, np.generic) else value
-    device, K = find_device(est.device), given["n_clusters"]
+    device = find_device(est.device)
+    K = given["n_clusters"]
     require(isinstance(K, int) and K >= 2, f"n_clusters must be a whole number of at least 2, got {K!r}")
     require(source.count >= K, f"at least n_clusters = {K} images are needed, got {source.count}")
     chosen = {}
@@ -186,7 +187,9 @@ def describe_plan(
     starts: int,
 ) -> str:  # two lines
     "What was decided, and what it will cost."
-    M, steps, cost = len(images), len(images) // cfg.batch_size, forecast(images, cfg)
+    M = len(images)
+    steps = len(images) // cfg.batch_size
+    cost = forecast(images, cfg)
     size = " x ".join(map(str, shape))
     network = f"{cfg.arch} trunk at {cfg.image_size} px, {cfg.views} views, queue {cfg.nu}"
     length = f"{cfg.epochs} epochs of {steps} steps of {cfg.batch_size} images"
@@ -213,7 +216,8 @@ def prepare_fit(
 ) -> FitData:
     "Read the images, and check everything that can be checked before time is spent."
     check_parameters(est)
-    source, seeds = opened(X, threads=est.threads), start_seeds(est.random_state, max(3, est.n_init))
+    source = opened(X, threads=est.threads)
+    seeds = start_seeds(est.random_state, max(3, est.n_init))
     ks = candidates(est.n_clusters, source.count)
     cfgs = [estimator_config(est, source, seeds[0], n_clusters=K) for K in reversed(ks)]
     read = source.read(cfgs[0].image_size)
@@ -233,7 +237,7 @@ def fit_once(
     if est.checkpoint_dir is not None:
         name = f"trials/k{cfg.n_clusters}-seed{cfg.seed}" if trial else f"seed{cfg.seed}"
         folder = Path(est.checkpoint_dir).expanduser() / name
-        callbacks = [Checkpointer(folder, cfg.checkpoint_seconds), *callbacks]
+        callbacks = [*callbacks, Checkpointer(folder, cfg.checkpoint_seconds)]  # saves what the others did
     if is_warm_start(est):
         return loop.train(deepcopy(est.model_), images, cfg, callbacks, progress)
     return loop.fit(images, cfg, callbacks, progress)
@@ -493,7 +497,8 @@ def model_bytes(
     est: MiCE,  # fitted
 ) -> bytes:
     "The content of a model's file."
-    facts, state = model_facts(est), est.model_.state_dict()
+    facts = model_facts(est)
+    state = est.model_.state_dict()
     tensors = {f"model.{name}": x.detach().cpu().contiguous() for name, x in state.items()}
     for name in ("labels_", "probabilities_"):
         if hasattr(est, name):
@@ -533,11 +538,12 @@ def load_model(
 ) -> MiCE:
     "The estimator in a file."
     if not path.is_file():
-        raise FileNotFoundError(f"a saved model was expected at {path}, there is no such file")
+        raise FileNotFoundError(f"a saved model was expected at {path}; there is no such file")
     find_device(device)
     with as_value_error(path, "a model that can be used", READ_ERRORS, kind="model saved by MiCE"):
         tensors, facts = read_model(path)
-        cfg, history = config_from(facts["config"]), [Epoch(**epoch) for epoch in facts["history"]]
+        cfg = config_from(facts["config"])
+        history = [Epoch(**epoch) for epoch in facts["history"]]
         model = MiCEModel(cfg, tensors["model.mean"], tensors["model.std"])
         model.load_state_dict(
             {name[len("model.") :]: x for name, x in tensors.items() if name.startswith("model.")}

@@ -98,7 +98,8 @@ def check_output_folder(
     "ValueError unless a result may be written there."
     near = next(place for place in (out, *out.absolute().parents) if place.exists())
     require(near.is_dir(), f"{out} must be a folder for the result, {near.name} is a file")
-    writable, name = os.access(near, os.W_OK | os.X_OK), near.name or near
+    writable = os.access(near, os.W_OK | os.X_OK)
+    name = near.name or near
     require(writable, f"{out} must be a folder one may write to, {name} is write-protected")
     others = [name for name in sorted(os.listdir(out)) if name[0] != "."] if near == out else []
     free = (out / RUN_FILE).is_file() or not others
@@ -183,7 +184,8 @@ def fit_or_load(
     notify: Callable[[str], None],  # takes a message for the user
 ) -> tuple[MiCE, Prediction]:
     "The fitted estimator of a folder, trained, resumed or loaded, and its predictions for the images."
-    decided, model = run_options(options, images), out / MODEL_FILE
+    decided = run_options(options, images)
+    model = out / MODEL_FILE
     if claim_folder(out, decided, options.overwrite):
         notify(f"{out} holds this run already: its model is loaded, nothing is trained")
         est = MiCE.load(model, options.device).set_params(threads=options.threads)
@@ -204,7 +206,8 @@ def comparison_figure(
         return {}
     from matplotlib import pyplot
 
-    figure, file = draw_scores(est.comparison_), io.BytesIO()
+    figure = draw_scores(est.comparison_)
+    file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100, bbox_inches="tight")
     pyplot.close(figure)
     return {"How many clusters": file.getvalue()}
@@ -237,7 +240,8 @@ def write_results(
     notify: Callable[[str], None],  # takes a message for the user
 ) -> list[tuple]:  # (M,) as from `table_rows`
     "Write everything except the model."
-    rows, K = table_rows(read.names, prediction.log_posterior), est.config_.n_clusters
+    rows = table_rows(read.names, prediction.log_posterior)
+    K = est.config_.n_clusters
     outputs.write_tables(out, rows, read.notes)
     if options.embeddings:
         path = out / f"embeddings.{options.embeddings}"
@@ -265,7 +269,9 @@ def cluster(
     verbose: bool = False,  # print the plan and its cost, and show a progress bar
 ) -> dict:  # as JSON would read it
     "Cluster the images below a folder, and write everything about it to another."
-    began, folder, out = time.monotonic(), Path(folder).expanduser(), Path(out).expanduser()
+    began = time.monotonic()
+    folder = Path(folder).expanduser()
+    out = Path(out).expanduser()
     options = options or ClusterOptions()
     outputs.check_embeddings(options.embeddings)
     check_output_folder(out)
@@ -365,7 +371,9 @@ def predict_folder(
     "The clusters of the images below a folder; several processes share the work."
     est, _ = open_model(model, distributed.local_device(device))
     source = opened(folder, threads=threads, skip=RUN_FILE)
-    ranks, S, C = distributed.world_size(), est.config_.image_size, len(est.model_.mean)
+    ranks = distributed.world_size()
+    S = est.config_.image_size
+    C = len(est.model_.mean)
     wanted = f"{folder} must hold an image for each of {ranks} processes"
     require(source.count >= ranks, f"{wanted}, got {source.count}")
     read = source.part(distributed.shard_slice(source.count)).read(S)

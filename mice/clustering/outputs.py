@@ -169,9 +169,13 @@ def target_paths(
     def normalised(place):
         return unicodedata.normalize("NFC", place).casefold()
 
-    taken, used, found, digits = set(), Counter(), [], len(str(K - 1))
+    taken = set()
+    used = Counter()
+    found = []
+    digits = len(str(K - 1))
     for name, cluster in zip(names, clusters, strict=True):
-        folder, own = f"{cluster:0{digits}}", name.rpartition("/")[2]
+        folder = f"{cluster:0{digits}}"
+        own = name.rpartition("/")[2]
         stem, dot, ending = own.rpartition(".")
         place = f"{folder}/{own}"
         first = normalised(place)
@@ -206,7 +210,9 @@ def sort_into_folders(
 ) -> Path:  # the folder that holds them
     "Make a folder for each cluster, below `out`."
     folder, out = folder.resolve(), out.resolve()
-    home, temporary, digits = out / "clusters", out / ".clusters.tmp", len(str(K - 1))
+    home = out / "clusters"
+    temporary = out / ".clusters.tmp"
+    digits = len(str(K - 1))
     shutil.rmtree(temporary, ignore_errors=True)
     for cluster in range(K):
         (temporary / f"{cluster:0{digits}}").mkdir(parents=True)

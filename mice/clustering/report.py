@@ -63,7 +63,8 @@ def describe_settings(
     "The settings of a fit, in the order in which a reader asks."
     cfg, here = est.config_, environment(est.config_.device)
     packages = [f"{name} {here[name]}" for name in ("python", "torch", "numpy", "scikit-learn")]
-    minutes, threads = sum(epoch.seconds for epoch in est.history_) / 60, plural(cfg.threads, "CPU thread")
+    minutes = sum(epoch.seconds for epoch in est.history_) / 60
+    threads = plural(cfg.threads, "CPU thread")
     steps = f"{plural(est.n_iter_, 'epoch')} in batches of {cfg.batch_size}"
     return {
         "Images": f"{M:,}, seen at {cfg.image_size} x {cfg.image_size} pixels through {cfg.views} views",
@@ -103,7 +104,8 @@ def check_findings(
     findings: Findings,
 ) -> None:
     "ValueError for rows that do not belong together."
-    images, M = np.asarray(findings.images), len(findings.images)
+    images = np.asarray(findings.images)
+    M = len(findings.images)
     fits = images.ndim == 4 and images.shape[-1] in (1, 3) and images.dtype == np.uint8 and images.size > 0
     wanted = "images must be uint8 of shape (M, S, S, 1 or 3), at least one"
     require(fits, f"{wanted}, got {images.dtype} {images.shape}")
@@ -195,7 +197,8 @@ def neighbour_pairs(
     k: int,  # neighbours of each row
 ) -> Tensor:  # (P, 2) pairs i < j, no pair twice, P at most M * k
     "Pairs of rows of which one is among the k nearest of the other."
-    k, parts = min(k + 1, len(x)), []  # the nearest of all is the row itself
+    parts = []
+    k = min(k + 1, len(x))  # the nearest of all is the row itself
     for block in x.split(512):  # never all M * M distances at once
         parts.append(torch.cdist(block, x).topk(k, largest=False).indices)
     near = torch.cat(parts)  # (M, k)
@@ -213,7 +216,8 @@ def near_duplicates(
     "Pairs of images with nearly the same pixels."
     if len(findings.images) < 2:
         return []
-    pixels, parts = torch.from_numpy(findings.images).flatten(1), []  # (M, S * S * C)
+    parts = []
+    pixels = torch.from_numpy(findings.images).flatten(1)  # (M, S * S * C)
     pairs = neighbour_pairs(duplicate_descriptors(findings), 3)  # (P, 2)
     for i, j in (block.T for block in pairs.split(4096)):
         parts.append(pixel_similarity(pixels[i].float(), pixels[j].float()))
@@ -269,7 +273,8 @@ def encode_sheets(
     per, S = SHEET_COLUMNS**2, images.shape[1]
     sample = images[torch.randperm(len(images), generator=generator("sprites"))[:per].numpy()]
     for size, quality in THUMBNAILS:
-        T, is_last = min(size, S), (size, quality) == THUMBNAILS[-1]
+        T = min(size, S)
+        is_last = (size, quality) == THUMBNAILS[-1]
         expected = len(encode_sheet(sample, T, quality)) * len(images) / len(sample)
         if expected > budget and not is_last:
             continue
@@ -284,7 +289,8 @@ def relative_names(
     skipped: list,  # paths, relative to the same folder or absolute
 ) -> tuple[str, list[str], list[str]]:  # name of the folder they share, '' if none; the two lists, printable
     "Paths relative to the folder they share."
-    paths, root = [str(path) for path in files], ""
+    paths = [str(path) for path in files]
+    root = ""
     if len({os.path.isabs(path) for path in paths}) == 1:  # neither none nor a mixture
         root = os.path.commonpath([os.path.dirname(path) for path in paths])
 
@@ -397,7 +403,8 @@ def loss_curve(
     if len(history) < 2:
         return None
     epoch, loss = (np.array([row[key] for row in history], float) for key in ("epoch", "loss"))
-    low, high = loss.min(), max(loss.max(), loss.min() + 1e-9)
+    low = loss.min()
+    high = max(loss.max(), loss.min() + 1e-9)
     x = 520 * (epoch - epoch[0]) / (epoch[-1] - epoch[0])
     y = 160 - 150 * (loss - low) / (high - low)
     return dict(
@@ -469,7 +476,8 @@ def page_content(
     title: str,
 ) -> tuple[dict, np.ndarray]:  # what report.html asks for, still without thumbnails; (n,) rows on the map
     "Everything that the page shows."
-    texts, by_cluster = page_texts(findings, title), rows_by_cluster(findings)
+    texts = page_texts(findings, title)
+    by_cluster = rows_by_cluster(findings)
     per = max(3, min(8, 240 // len(by_cluster)))  # pictures at either end of a cluster
     ends = []
     for rows in by_cluster:

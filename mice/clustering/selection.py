@@ -97,7 +97,8 @@ def stability(
     others = [as_integers("a clustering", other) for other in others]
     fits = len(others) > 0 and all(len(other) == len(clusters) for other in others)
     require(fits, f"others must be at least one run of {len(clusters)} images")
-    K, best = int(clusters.max()) + 1, []
+    K = int(clusters.max()) + 1
+    best = []
     for other in others:
         J = int(other.max()) + 1
         both = np.bincount(clusters * J + other, minlength=K * J).reshape(K, J)  # images in k and in j
@@ -112,10 +113,12 @@ def silhouette(
     sample_size: int = 2048,  # images at most
 ) -> float:  # from -1 to 1; 0 if there is only one cluster
     "Mean silhouette by cosine distance."
-    clusters, M = as_integers("clusters", clusters), len(embeddings)
+    clusters = as_integers("clusters", clusters)
+    M = len(embeddings)
     require(M == len(clusters), f"embeddings must be those of {len(clusters)} images, got {M}")
     sample = torch.randperm(M, generator=generator("silhouette"))[:sample_size].numpy()
-    x, z = embeddings.detach().cpu().flatten(1)[sample].double().numpy(), clusters[sample]  # (n, D), (n,)
+    x = embeddings.detach().cpu().flatten(1)[sample].double().numpy()  # (n, D)
+    z = clusters[sample]  # (n,)
     if not 1 < len(np.unique(z)) < len(z):
         return 0.0
     return float(silhouette_score(x, z, metric="cosine"))
@@ -177,8 +180,10 @@ def add_agreement(
     runs: list[tuple[RunScores, np.ndarray]],  # from `score_run`: several K, at least two seeds of each
 ) -> Comparison:
     "Add the score that only several runs can have."
-    rows, clusters = [row for row, _ in runs], np.stack([clusters for _, clusters in runs])  # (rows, M)
-    ks, scores = np.array([row.n_clusters for row in rows]), np.zeros(len(rows))
+    rows = [row for row, _ in runs]
+    clusters = np.stack([clusters for _, clusters in runs])  # (rows, M)
+    ks = np.array([row.n_clusters for row in rows])
+    scores = np.zeros(len(rows))
     for K in set(ks.tolist()):
         scores[ks == K] = agreement(clusters[ks == K])
     rows = [row._replace(agreement=score) for row, score in zip(rows, scores.tolist(), strict=True)]
@@ -237,7 +242,8 @@ def recommend(
         return f"agreement {scores.agreement:.2f}, silhouette {scores.silhouette:.2f}"
 
     table = sorted(scores_by_k(comparison), key=lambda scores: (-scores.score, scores.n_clusters))
-    best, others = table[0], table[1:]
+    best = table[0]
+    others = table[1:]
     parts = [f"{best.n_clusters} clusters are recommended ({numbers(best)})"]
     if others:
         second = "about as good" if best.score - others[0].score < 0.02 else "next"
@@ -272,7 +278,8 @@ def draw_scores(
 
     from mice.figures import QUEUE, STUDENT, TEACHER
 
-    best, means = recommend(comparison)[0], scores_by_k(comparison)
+    best = recommend(comparison)[0]
+    means = scores_by_k(comparison)
     ks = [one.n_clusters for one in means]
     fig, axes = plt.subplots(1, 3, figsize=(6.4, 2.4))
     panels = dict(agreement=STUDENT, silhouette=TEACHER, fresh_view=QUEUE)
@@ -338,7 +345,8 @@ def cut_tree_at(
     K: int,  # clusters wanted, from 1 to the number of leaves
 ) -> np.ndarray:  # (M,) int64 from 0 to K - 1
     "The clustering with the closest clusters merged until K are left."
-    leaves, clusters = len(tree) + 1, as_integers("clusters", clusters)
+    leaves = len(tree) + 1
+    clusters = as_integers("clusters", clusters)
     largest = clusters.max()
     fits = 1 <= K <= leaves and largest < leaves
     require(fits, f"K must lie between 1 and {leaves}, clusters below {leaves}, got {K} and {largest}")
@@ -359,10 +367,12 @@ def draw_tree(
     size = (6.4, max(1.8, 0.2 * K + 0.5))
     fig, (ax, strip) = plt.subplots(1, 2, sharey=True, figsize=size, width_ratios=(25, 1))
     drawn = dendrogram(tree, orientation="left", ax=ax, color_threshold=0, above_threshold_color=STUDENT)
-    rows, sizes = drawn["leaves"], np.bincount(clusters, minlength=K)
+    rows = drawn["leaves"]
+    sizes = np.bincount(clusters, minlength=K)
     if pictures is not None:
         framed = np.pad(pictures[rows[::-1]], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-        column, extent = np.concatenate(framed).squeeze(), (0, 1, 0, 10 * K)
+        column = np.concatenate(framed).squeeze()
+        extent = (0, 1, 0, 10 * K)
         strip.imshow(column, extent=extent, cmap="gray", vmin=0, vmax=255, aspect="auto")
     strip.set_yticks(np.arange(5, 10 * K, 10), [f"{k} ({sizes[k]:,})" for k in rows], fontsize=8)
     strip.yaxis.tick_right()

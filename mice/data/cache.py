@@ -59,7 +59,9 @@ def allocate(
     shape: tuple,
 ) -> np.ndarray:  # uint8 of that shape, whatever it contains
     "Space for bytes: in memory, or, for more than half of what is free, in a file that nobody else sees."
-    size, memory, disk = math.prod(shape), free_memory(), free_disk()
+    size = math.prod(shape)
+    memory = free_memory()
+    disk = free_disk()
     if size <= memory // 2:
         return np.empty(shape, np.uint8)
     try:
@@ -154,7 +156,8 @@ def lookup(
     "Images from the cache, every byte verified; None if there is no entry or it is damaged."
     try:
         record = json.loads((cache_folder() / f"{key}.json").read_text())
-        path, shape = cache_folder() / f"{key}.npy", record["shape"]
+        path = cache_folder() / f"{key}.npy"
+        shape = record["shape"]
         images = open_mapped(path) if shape[0] else np.empty(shape, np.uint8)
         fits = images.dtype == np.uint8 and list(images.shape) == shape
         if not fits or hashlib.sha256(images).hexdigest() != record["sha256"]:

@@ -124,7 +124,9 @@ def read_archive(
     download: bool,  # fetch what is missing into that folder
 ) -> dict:  # name -> array
     "The arrays of a dataset from its own files, every file checked."
-    kind, folder, packed = archive.kind, root / archive.kind.base_folder, root / archive.kind.filename
+    kind = archive.kind
+    folder = root / archive.kind.base_folder
+    packed = root / archive.kind.filename
     again = f"is damaged or incomplete, a checksum is wrong: delete it and fetch {name} again with --download"
     unpack = packed.is_file() and not folder.is_dir()
     if unpack and not download:
@@ -147,7 +149,8 @@ def find_or_download(
     download: bool,  # fetch what is missing into that folder
 ) -> dict:  # name -> array
     "The arrays of a dataset: from its own files, or from an .npz."
-    given, kind = Path(data).expanduser(), archive.kind
+    given = Path(data).expanduser()
+    kind = archive.kind
     root = given.parent if given.name in (kind.base_folder, kind.filename) else given
     npz = given if given.suffix == ".npz" else root / f"{archive.file}.npz"
     if (root / kind.base_folder).is_dir():
@@ -159,7 +162,7 @@ def find_or_download(
     raise FileNotFoundError(
         f"{name} was not found in {data!r}, neither {kind.base_folder}/ nor {npz.name}: "
         f"--download fetches it from {kind.url} ({archive.size}), "
-        "or --data PATH names the folder or .npz file where it lies"
+        "or --data PATH names the folder or .npz file where it is"
     )
 
 # %% ../../nbs/data/04_datasets.ipynb #12baeed5
@@ -169,7 +172,8 @@ def pooled_dataset(
     arrays: dict,  # from `find_or_download`
 ) -> Images:
     "A dataset of the paper from its arrays, everything pooled."
-    shape, M = arrays["images"].shape, archive.shape[0]
+    shape = arrays["images"].shape
+    M = archive.shape[0]
     require(shape == archive.shape, f"{name} must have images of shape {archive.shape}, got {shape}")
     expected = f"{name} must have an array `{archive.labels}` beside its images"
     require(archive.labels in arrays, f"{expected}, got {', '.join(arrays)}")
@@ -259,7 +263,8 @@ def load_pooled(
     cfg: Config,
 ) -> Images:  # everything pooled, in its own size or already in cfg.image_size
     "The dataset that a `Config` names."
-    name, path = cfg.dataset, Path(cfg.dataset).expanduser()
+    name = cfg.dataset
+    path = Path(cfg.dataset).expanduser()
     if name == "digits":
         return digits(cfg.image_size)
     if name == "imagenet-dogs":

@@ -131,10 +131,10 @@ def find_images(
     if unlisted:
         notes += (skipped_note(f"{plural(len(unlisted), 'folder')} skipped", sorted(unlisted)),)
     if others:
-        without = f"{plural(len(others), 'file')} without the ending of an image passed over"
+        without = f"{plural(len(others), 'file')} without an image extension skipped"
         notes += (Note(f"{without}: {first_few(others)}"),)
     if passed_over:
-        notes += (Note(f"what an earlier run wrote passed over: {first_few(sorted(passed_over))}"),)
+        notes += (Note(f"output of an earlier run skipped: {first_few(sorted(passed_over))}"),)
     require(len(names) > 0, f"{folder} must hold images, got none" + "".join(f"; {note}" for note in notes))
     return names, notes
 
@@ -151,7 +151,8 @@ def to_rgb(
     if image.mode.startswith("I"):  # whole numbers; those outside 0 .. 65535 are clipped
         image = image.convert("I").point(GREY_8BIT, "L")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image, white = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         return white
     return image.convert("RGB")
@@ -312,7 +313,9 @@ def read_images(
     threads: int = 1,
 ) -> DecodedImages:  # images (M', S, S, 3), those that can be read; at least one
     "Decode files once; announced on stderr, kept in the cache."
-    folder, shape, notes = Path(folder).resolve(), (len(names), size, size, 3), ()
+    folder = Path(folder).resolve()
+    shape = (len(names), size, size, 3)
+    notes = ()
     plan = f"{plural(len(names), 'image file')}, {format_bytes(math.prod(shape))} at {size} x {size} x 3"
     print(f"{folder.name}: {plan}", file=sys.stderr)
     key = folder_hash(folder, names, [size, crop], threads)
@@ -324,7 +327,8 @@ def read_images(
         if problem:
             again = "the next start decodes them again"
             notes += (Note(f"the decoded images could not be cached ({problem}), {again}"),)
-    files, bad = plural(len(names), "file"), [(names[i], reason) for i, reason in skipped.items()]
+    files = plural(len(names), "file")
+    bad = [(names[i], reason) for i, reason in skipped.items()]
     got = f"got none of {files}: {first_few_files(bad)}"
     require(len(images) > 0, f"{folder.name} must hold at least one image that can be read, {got}")
     if bad:
@@ -382,7 +386,7 @@ def load_folder(
     if strict and (bad := skipped_files(notes)):
         got = f"got {len(bad)} that cannot be: {first_few_files(bad)}"
         advice = "repair or remove what is named, or run without --strict"
-        raise ValueError(f"--strict wants everything in {folder.name} read, {got}; {advice}")
+        raise ValueError(f"--strict requires every file in {folder.name} to be readable, {got}; {advice}")
     found, test = classes_and_split(decoded.names, tiny_imagenet_classes(folder))
     M = len(decoded.images)
     labels, classes = encode_labels(found, M)

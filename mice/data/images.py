@@ -146,7 +146,9 @@ def images_from_arrays(
     pool: str = "",  # which parts were combined, such as 'train+test pooled: '
 ) -> Images:
     "A dataset from its arrays, all images pooled."
-    images, test, lossy = arrays["images"], arrays.get("test"), arrays.get("lossy_indices", ())
+    images = arrays["images"]
+    test = arrays.get("test")
+    lossy = arrays.get("lossy_indices", ())
     M = len(images)
     labels, classes = None, ()
     if "labels" in arrays:
@@ -175,7 +177,7 @@ def subset_indices(
     n: int,  # images wanted; 0 is all
 ) -> np.ndarray:  # (n,) indices, ascending
     "A random subset that depends on nothing but the dataset's name and size."
-    require(n <= count, f"subset must be at most {count}, the images there are to fit in {name}, got {n}")
+    require(n <= count, f"subset must be at most {count}, the number of images to fit in {name}, got {n}")
     return torch.randperm(count, generator=generator("subset", name))[: n or count].sort().values.numpy()
 
 

@@ -47,7 +47,8 @@ def affine_matrices(
     def draw(limit):
         return (2 * torch.rand(N, generator=rng, device=rng.device) - 1) * limit  # (N,)
 
-    angle, shear = draw(math.radians(strength.rotate)), draw(strength.shear)
+    angle = draw(math.radians(strength.rotate))
+    shear = draw(strength.shear)
     scale, aspect = draw(strength.zoom).exp(), draw(strength.stretch).exp()
     shift = torch.stack([draw(strength.shift), draw(strength.shift)], -1)  # (N, 2)
     cos, sin = angle.cos(), angle.sin()
@@ -131,7 +132,8 @@ def sample_crop_params(
     width = pad((area * ratio).sqrt().round(), (0, 1), value=min(W, round(H * 4 / 3)))
     first = ((height <= H) & (width <= W)).int().argmax(1, keepdim=True)  # (N, 1) the first that fits
     height, width = (side.gather(1, first)[:, 0].long() for side in (height, width))  # (N,)
-    central, place = first[:, 0] == 10, rand(2, N)
+    central = first[:, 0] == 10
+    place = rand(2, N)
     top = torch.where(central, (H - height) // 2, (place[0] * (H - height + 1)).long())
     left = torch.where(central, (W - width) // 2, (place[1] * (W - width + 1)).long())
     return top, left, height, width
@@ -207,7 +209,9 @@ def apply_colour(
     params: ColourParams,
 ) -> Tensor:  # (N, C, H, W) of the range [0, 1]
     "The views with these parameters; grey images change by crop, mirror, brightness and contrast alone."
-    colour, order, one = x.shape[1] == 3, params.order, torch.ones_like(params.hue)
+    colour = x.shape[1] == 3
+    order = params.order
+    one = torch.ones_like(params.hue)
     x = blend_(crop_and_flip(x, params), torch.full_like(order[:, 0], 2), 1 - params.grey.float())
     factor = torch.stack([params.brightness, params.contrast, params.saturation if colour else one, one], 1)
     factor = factor.gather(1, order)  # (N, 4) by slot
@@ -234,7 +238,8 @@ def sample_colour_params(
     crop = sample_crop_params(N, H, W, rng)
     grey, flip = rand(N) < 0.2, rand(N) < 0.5
     brightness, contrast, saturation = 0.6 + 0.8 * rand(3, N)
-    hue, order = 0.8 * rand(N) - 0.4, rand(N, 4).argsort(1)
+    hue = 0.8 * rand(N) - 0.4
+    order = rand(N, 4).argsort(1)
     return ColourParams(*crop, grey, flip, brightness, contrast, saturation, hue, order)
 
 # %% ../../nbs/data/06_views.ipynb #8f0946cd

@@ -121,7 +121,9 @@ def step_flops(
     "The operations of a training step, counted without doing them."
     N, K, D, S = cfg.batch_size, cfg.n_clusters, cfg.dim, cfg.image_size
     with torch.device("meta"):
-        net, one, x = MiCENet(cfg.arch, K, D), torch.empty(1, 3, S, S), torch.empty(N, 3, S, S)
+        net = MiCENet(cfg.arch, K, D)
+        one = torch.empty(1, 3, S, S)
+        x = torch.empty(N, 3, S, S)
 
     def networks():
         (net.experts(x).sum() + net.gate(x).sum()).backward()
@@ -202,9 +204,11 @@ def ceilings(
     for dtype in (torch.float32, torch.bfloat16):
         a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
         name = str(dtype).removeprefix("torch.")
-        calls[name], work[name] = partial(torch.mm, a, b, out=out), 2 * size**3
+        calls[name] = partial(torch.mm, a, b, out=out)
+        work[name] = 2 * size**3
     source, target = (torch.rand(size, 16, size, device=device) for _ in range(2))
-    calls["copy"], work["copy"] = partial(target.copy_, source), 2 * source.nbytes
+    calls["copy"] = partial(target.copy_, source)
+    work["copy"] = 2 * source.nbytes
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
     times = timer.interleave(calls)
@@ -399,7 +403,8 @@ def library_step(
     run = init_run(MiCEModel(cfg, *channel_stats(images)), images, cfg)
     run.model.train()
     data = images_on_device(images, run.model.mean.device)
-    step_fn, batches = accelerate_step(run, data), endless_batches(run.model, data)
+    step_fn = accelerate_step(run, data)
+    batches = endless_batches(run.model, data)
     return lambda: step_fn(next(batches))
 
 # %% ../../nbs/reproduction/09_bench.ipynb #345c1961
@@ -472,7 +477,8 @@ def compare_steps(
     timer: Timer,
 ) -> dict:  # the sizes, the operations, and a row for each step
     "The first version, each improvement, and `mice`, in turns."
-    steps, work = make_steps(cfg, timer.device), step_flops(cfg)
+    steps = make_steps(cfg, timer.device)
+    work = step_flops(cfg)
     operations = work["networks"] + work["objective"]
     rows = speedups(timer.interleave(steps))
     for row in rows:
@@ -562,7 +568,8 @@ def objective_alone(
         rows = speedups(timer.interleave(graphs))
     for row in rows:
         _, given = forms[row["name"]]
-        row["queue"], row["given"] = given[-1].nbytes, sum(x.nbytes for x in given)
+        row["queue"] = given[-1].nbytes
+        row["given"] = sum(x.nbytes for x in given)
         row["extra"] = extra_bytes(calls[row["name"]], timer.device)
     return dict(N=N, K=K, D=D, V=V, rows=rows)
 
@@ -575,7 +582,8 @@ def views_alone(
     "One view of each image: one after another by torchvision, and as a batch by `mice.data.views`."
     images, device = synthetic_images(crops, size), timer.device
     mean, std = (x.tolist() for x in channel_stats(images))
-    data, turn = torch.from_numpy(images).to(device), count()
+    data = torch.from_numpy(images).to(device)
+    turn = count()
 
     def new_params():
         params = sample_params(images.shape, "bench", next(turn))
@@ -583,7 +591,8 @@ def views_alone(
 
     calls = {"first version, one process": lambda: plain_views(images, mean, std)}
     if device.type == "cuda":
-        compiled, params = torch.compile(render, dynamic=False), new_params()
+        compiled = torch.compile(render, dynamic=False)
+        params = new_params()
         calls["mice.data.views, compiled and captured"] = as_graph(lambda: compiled(data, params), device)
     else:
         calls["mice.data.views"] = lambda: render(data, new_params())
@@ -687,7 +696,8 @@ def measure(
     device: torch.device,
 ) -> dict:  # part of the table -> its numbers
     "The check of the objective, then everything that is timed."
-    timer, table = Timer(device, *plan["turns"]), dict(gate=check_objective(device, library_objective))
+    timer = Timer(device, *plan["turns"])
+    table = dict(gate=check_objective(device, library_objective))
     table["ceilings"] = peaks = ceilings(plan["matrix"], timer)
     here = [replace(cfg, device=str(device)) for cfg in plan["steps"]]
     table["steps"] = [compare_steps(cfg, peaks, timer) for cfg in here]
@@ -708,7 +718,8 @@ def bench(
     threads: int = 1,  # CPU threads
 ) -> dict:  # what JSON can write
     "The benchmark of one machine, in one run."
-    place, started = find_device(device), time.perf_counter()
+    place = find_device(device)
+    started = time.perf_counter()
     when = datetime.now(timezone.utc).date().isoformat()
     with cpu_threads(threads), deterministic_algorithms(False), torch.random.fork_rng():
         table = dict(machine=machine_info(place), when=when, quick=quick)
@@ -762,7 +773,8 @@ def objective_lines(
         times = ("-", "-")
         if "seconds" in row:
             times = format_range(row["seconds"], 1e3), format_range(row["speedup"])
-        extra, total = row["extra"], row["extra"] + row["given"]
+        extra = row["extra"]
+        total = row["extra"] + row["given"]
         sizes = f"{extra / 1e6:.4g}", f"{extra / row['queue']:.2g}", f"{total / 1e9:.2g}"
         rows.append((row["name"], *times, *sizes))
     title = f"objective alone, N = {part['N']}, K = {part['K']}, D = {part['D']}, nu = {part['V']}"

@@ -45,7 +45,8 @@ def settings_hash(
     method: str,  # such as 'mice'
 ) -> str:  # 8 hex digits that all seeds of one experiment share, on any machine
     "Hash of everything that decides a result apart from the seed."
-    settings, default = upgraded(config), Config()
+    settings = upgraded(config)
+    default = Config()
     for name in ("seed", *NEUTRAL):
         settings.pop(name, None)
     for name in ADDED:
@@ -102,7 +103,8 @@ def check_row(
         check_number(f"loss_curve[{epoch}]", loss)
     check_metrics(row.metrics)
     require("dataset" in row.config, f"config must have dataset, got {', '.join(row.config)}")
-    seed, finished = row.config.get("seed"), datetime.fromisoformat(row.finished)
+    seed = row.config.get("seed")
+    finished = datetime.fromisoformat(row.finished)
     require(seed == row.seed, f"seed must be that of config, {seed}, got {row.seed}")
     require(finished.utcoffset() == timedelta(0), f"finished must be a time in UTC, got {row.finished!r}")
 

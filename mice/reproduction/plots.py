@@ -34,7 +34,8 @@ def ablation_dots(
 ) -> None:
     "One line of the picture: seeds, mean, and the paper's value if it may be compared."
     scores = [100 * row.metrics["acc"] for row in group.rows if row.metrics["acc"] is not None]
-    colour, paper = STUDENT if group.variant == "full" else "0.35", tables.paper_acc(group)
+    colour = STUDENT if group.variant == "full" else "0.35"
+    paper = tables.paper_acc(group)
     ax.plot(scores, [i] * len(scores), "o", ms=5, color=colour, alpha=0.5, mew=0)
     if scores:
         ax.plot([np.mean(scores)] * 2, [i - 0.3, i + 0.3], color=colour, lw=2)
@@ -106,7 +107,8 @@ def stage_panel(
             thin_and_mean(ax, epochs, lines, colour, marker="o", ms=4)
         words = title if stages else f"{title}: not recorded"
         ax.text(0.03, 0.97 - 0.1 * i, words, color=colour, va="top", transform=ax.transAxes)
-    chance, end = 100 / group.settings["n_clusters"], group.settings["epochs"]
+    chance = 100 / group.settings["n_clusters"]
+    end = group.settings["epochs"]
     ax.axhline(chance, ls="--", lw=1, color="0.5", zorder=0)
     ax.annotate("chance", (end, chance), (0, 3), textcoords="offset points", ha="right", color="0.4")
     ax.set(xlabel="epoch", ylabel="ACC (%)", ylim=(0, 100), xlim=(0, 1.05 * end))

@@ -125,7 +125,8 @@ def forward_signal(
     import psutil
 
     kernels = psutil.Process().children()
-    if earlier and "LOCAL_RANK" in os.environ:  # torchrun passes on Ctrl-C and then sends a signal of its own
+    launched = "LOCAL_RANK" in os.environ
+    if launched and (earlier or not kernels):  # torchrun passes on Ctrl-C and then sends a signal of its own
         return
     if earlier or not kernels:
         stop_at_once(number, kernels)
@@ -209,7 +210,8 @@ def reproduce(
     stderr: TextIO | None = None,  # where the notebook's stderr goes; `sys.stderr` if None
 ) -> tuple[dict, Path]:  # the run's row in the ledger, and the executed notebook
     "Run the reproduction notebook; only its row in the ledger proves that it finished."
-    source, config = reproduction_folder() / "reproduce.ipynb", all_parameters(values)
+    source = reproduction_folder() / "reproduce.ipynb"
+    config = all_parameters(values)
     executed = out / "notebooks" / f"{run_name(config, config['method'])}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
     with forward_signals():
@@ -221,7 +223,8 @@ def result_line(
     row: dict,  # of the ledger
 ) -> str:
     "A run in one line."
-    scores, score_text = row["metrics"], "no labels to evaluate with"
+    scores = row["metrics"]
+    score_text = "no labels to evaluate with"
     if scores["acc"] is not None:
         score_text = "  ".join(f"{name.upper()} {scores[name]:.3f}" for name in METRICS)
     epoch = f"epoch {row['epochs']} (last)" if row["epochs"] else "no epochs"

@@ -164,7 +164,8 @@ def expand_features(
     def identity(row):
         return short_hash([decisive_settings(row.config), row.seed])
 
-    present, result = set(map(identity, rows)), list(rows)
+    present = set(map(identity, rows))
+    result = list(rows)
     for row in rows:
         for kind, metrics in row.other_features.items():
             other = replace(row, config=row.config | dict(features=kind), metrics=metrics)
@@ -217,7 +218,8 @@ def differences_from_paper(
     settings: dict,  # as from `decisive_settings`, of one of the paper's datasets
 ) -> dict:  # field: such as 'epochs 20 (1000)', ours and the paper's in brackets
     "Where a run differs from the paper's settings."
-    paper, found = PAPER_DATASETS.loc[settings["dataset"]], {}
+    paper = PAPER_DATASETS.loc[settings["dataset"]]
+    found = {}
     for name in TABLE_METHODS[settings["method"]].settings:
         theirs = paper[name] if name in paper else getattr(Config, name)
         theirs = list(theirs) if isinstance(theirs, tuple) else theirs
@@ -406,7 +408,8 @@ def our_lines(
     for dataset, title in PAPER_DATASETS.title.items():
         chosen[title] = representative(select_groups(groups, dataset, method))
     columns = [our_cells(chosen[title], score.lower(), quoted[title, score]) for title, score in quoted.index]
-    lines, ran = list(columns[0]), [group for group in chosen.values() if group]
+    lines = list(columns[0])
+    ran = [group for group in chosen.values() if group]
     if not ran:
         lines = ["ours mean"]
     elif not ran[0].is_trained:
@@ -418,7 +421,9 @@ def table1(
     rows: list[Row],  # of a ledger
 ) -> pd.DataFrame:  # (method, line) x (dataset, score): text, our cells of type `Measured`
     "The paper's Table 1, with our results under each method that we run ourselves."
-    paper, groups, lines = paper_table1(), group_runs(rows), {}
+    paper = paper_table1()
+    groups = group_runs(rows)
+    lines = {}
     ours = {info.paper: method for method, info in TABLE_METHODS.items()}
     for name, block in paper.groupby(level="method", sort=False):
         lines |= dict(zip(block.index, block.to_numpy().tolist(), strict=True))
@@ -444,7 +449,8 @@ def epochs_of_paper(
     "Epochs, and those of the paper if it used the dataset."
     if not group.is_trained:
         return "-"
-    ours, theirs = str(group.settings["epochs"]), PAPER_DATASETS.epochs.get(group.dataset)
+    ours = str(group.settings["epochs"])
+    theirs = PAPER_DATASETS.epochs.get(group.dataset)
     return f"{ours} of {theirs}" if theirs else ours
 
 # %% ../../nbs/reproduction/05_tables.ipynb #eaf741e0
@@ -468,7 +474,9 @@ def acc_minus_paper(
     group: Group,  # any runs
 ) -> str:  # such as '-31.4' or 'no: test split'; '-' if the paper has no number
     "The distance to the paper's ACC in points, or why there is none."
-    mean, paper, reason = group.mean_std_best("acc")[0], paper_acc(group), why_not_comparable(group.settings)
+    mean = group.mean_std_best("acc")[0]
+    paper = paper_acc(group)
+    reason = why_not_comparable(group.settings)
     if reason and group.dataset in PAPER_DATASETS.index:
         return f"no: {reason}"
     return "-" if None in (mean, paper) else f"{mean - paper:+.1f}"
@@ -513,7 +521,9 @@ def run_table(
         s = group.settings
         return why_not_comparable(s), -s["epochs"], -len(group.rows), s["features"], group.base
 
-    groups, labels, lines = group_runs(expand_features(rows)), [], []
+    groups = group_runs(expand_features(rows))
+    labels = []
+    lines = []
     for dataset in datasets:
         for method, info in TABLE_METHODS.items():
             for group in sorted(select_groups(groups, dataset, method), key=order) or [None]:
@@ -589,7 +599,8 @@ def cost_line(
             hours = f"{mean('seconds') / 3600 * factor:.1f}"
     devices = {str(row.environment.get("device", row.device)) for row in group.rows}
     minutes, memory = f"{mean('seconds') / 60:.1f}", f"{mean('peak_memory_bytes') / 1e9:.1f}"
-    n, epochs = str(len(group.rows)), epochs_of_paper(group)
+    n = str(len(group.rows))
+    epochs = epochs_of_paper(group)
     texts = [n, epochs, minutes, speed, memory, ", ".join(sorted(devices)), hours]
     return {column: measured(text, group) for column, text in zip(COST_COLUMNS, texts, strict=True)}
 
@@ -602,7 +613,8 @@ def cost_table(
     labels = [(dataset_title(group.dataset), method_title(group), group.hash) for group in groups]
     lines = [cost_line(group) for group in groups]
     if not groups:
-        labels, lines = [("-", "-", "-")], [dict.fromkeys(COST_COLUMNS, measured("", None))]
+        labels = [("-", "-", "-")]
+        lines = [dict.fromkeys(COST_COLUMNS, measured("", None))]
     return table_of_lines(labels, lines, ["dataset", "method", "hash"], COST_COLUMNS)
 
 # %% ../../nbs/reproduction/05_tables.ipynb #92d66668
@@ -614,7 +626,8 @@ def comparison_sentence(
     if group.is_trained:
         epochs = group.settings["epochs"]
         what += f" of {epochs} epochs ({epochs / PAPER_DATASETS.epochs[group.dataset]:.0%} of the paper's)"
-    mean, paper = group.mean_std_best("acc")[0], paper_acc(group)
+    mean = group.mean_std_best("acc")[0]
+    paper = paper_acc(group)
     scored = "no labels"
     if mean is not None:
         scored = f"ACC {mean_and_std(group, 'acc')}, quoted {paper}: {mean - paper:+.1f} points"
@@ -627,7 +640,9 @@ def comparison_lines(
     rows: list[Row],  # of a ledger
 ) -> list[str]:  # one sentence each
     "How far our runs are from the paper's, and what has not been run."
-    groups, sentences, missing = group_runs(rows), [], defaultdict(list)
+    groups = group_runs(rows)
+    sentences = []
+    missing = defaultdict(list)
     for method, info in TABLE_METHODS.items():
         for dataset, title in PAPER_DATASETS.title.items():
             found = select_groups(groups, dataset, method)

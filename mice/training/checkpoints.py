@@ -6,7 +6,7 @@
 __all__ = ['pack', 'expected_tensors', 'check_fits', 'unpack', 'write_verified', 'checkpoint_name', 'canonical_json', 'raw_bits',
            'write_checkpoint', 'read_regular_file', 'read_checkpoint', 'manifests', 'newest_name', 'quarantine',
            'config_differences', 'environment_differences', 'resume', 'lock_folder', 'remove_leftovers', 'locked',
-           'expired', 'free_space', 'save_or_report', 'Terminated', 'Interrupted', 'catch_signals', 'Checkpointer']
+           'expired', 'free_space', 'save_or_notify', 'Terminated', 'Interrupted', 'catch_signals', 'Checkpointer']
 
 # %% ../../nbs/training/05_checkpoints.ipynb #26822d2c
 import hashlib
@@ -78,7 +78,7 @@ def check_fits(
     counts = counts and step == len(tensors.get("losses", ()))
     fields = set(Epoch._fields)
     recorded = type(history) is list and all(type(one) is dict and one.keys() == fields for one in history)
-    require(counts and recorded, f"{misfit}: its epoch, step or history cannot be")
+    require(counts and recorded, f"{misfit}: its epoch, step or history is impossible")
     expected = expected_tensors(run, step)
 
     def kind(name, x):  # the precision of a queue depends on the device, everything else does not
@@ -159,7 +159,8 @@ def write_checkpoint(
     broken = [name for name, x in tensors.items() if not x.isfinite().all()]
     require(not broken, f"NaN or infinity in {', '.join(broken)}: nothing to resume from")
     folder.mkdir(parents=True, exist_ok=True)
-    content, name = save(tensors), checkpoint_name(facts["epoch"], facts["step"])
+    content = save(tensors)
+    name = checkpoint_name(facts["epoch"], facts["step"])
     free = shutil.disk_usage(folder).free
     if free < 1.1 * len(content):
         room = f"does not fit into {folder}: {free:,} bytes are free"
@@ -199,7 +200,8 @@ def read_checkpoint(
         file = manifest.with_suffix(".safetensors")
         require(facts["file"] == file.name, "its manifest names another file")
         content = read_regular_file(file, limit)
-        found, expected = len(content), facts["bytes"]
+        found = len(content)
+        expected = facts["bytes"]
         require(found == expected, f"{file.name} has {found} bytes, expected {expected}")
         require(hashlib.sha256(content).hexdigest() == facts["sha256"], f"{file.name} was changed")
         complete = type(facts["config"]) is dict and {"epoch", "step", "history"} <= facts.keys()
@@ -249,7 +251,7 @@ def config_differences(
     differ = [name for name in now if name not in NEUTRAL and was.get(name) != now[name]]
     changes = [f"{name} was {was.get(name)!r}, is {now[name]!r}" for name in differ]
     same_images = facts.get("images_hash", facts.get("data")) == run.images_hash  # `data` in older files
-    return changes if same_images else [*changes, "the images are others"]
+    return changes if same_images else [*changes, "the images are different"]
 
 
 def environment_differences(
@@ -257,7 +259,8 @@ def environment_differences(
     run: Run,
 ) -> list[str]:  # a sentence, or none
     "What may change the last bits from here on."
-    was, now = facts["config"], asdict(run.cfg)
+    was = facts["config"]
+    now = asdict(run.cfg)
     differ = [name for name in ("device", "threads") if was.get(name) != now[name]]
     changes = "; ".join(f"{name} was {was.get(name)!r}, is {now[name]!r}" for name in differ)
     return [f"the last bits may come out differently: {changes}"] if changes else []
@@ -268,7 +271,8 @@ def resume(
     folder: Path,
 ) -> list[str]:  # messages for the user; empty if there is nothing to resume from
     "Put a run where the newest good checkpoint left it."
-    messages, limit = [], 4 * sum(x.nbytes for x in run.model.state_dict().values()) + 2**26
+    messages = []
+    limit = 4 * sum(x.nbytes for x in run.model.state_dict().values()) + 2**26
     for manifest in manifests(folder):
         try:
             tensors, facts = read_checkpoint(manifest, limit)
@@ -296,7 +300,7 @@ def lock_folder(
     try:
         lock.acquire(timeout=patience)
     except Timeout:
-        busy = f"another process works on this very run and keeps its checkpoints in {folder.name}"
+        busy = f"another process is already working on this run and keeps its checkpoints in {folder.name}"
         raise ValueError(f"{busy}: let it end, or stop it") from None
     return lock
 
@@ -314,7 +318,7 @@ def remove_leftovers(
 @contextmanager
 def locked(
     folder: Path,  # of checkpoints
-    report: Callable[[str], None],  # takes a message for the user
+    notify: Callable[[str], None],  # takes a message for the user
 ) -> Iterator[None]:
     "Inside, no other process keeps checkpoints in the folder; if it cannot be locked, this is reported."
     lock = None
@@ -322,7 +326,7 @@ def locked(
         lock = lock_folder(folder)
         remove_leftovers(folder)
     except (OSError, NotImplementedError) as error:
-        report(f"the folder of the checkpoints cannot be reserved: {error}")
+        notify(f"the folder of the checkpoints cannot be reserved: {error}")
     try:
         yield
     finally:
@@ -350,11 +354,11 @@ def free_space(
     return f"{shutil.disk_usage(near).free:,}"
 
 
-def save_or_report(
+def save_or_notify(
     folder: Path,  # of the checkpoints
     tensors: dict[str, Tensor],  # as from `pack`
     facts: dict,  # as from `pack`
-    report: Callable[[str], None],  # takes a message for the user
+    notify: Callable[[str], None],  # takes a message for the user
 ) -> None:
     "Write a checkpoint and delete expired ones; a failure is reported and costs this checkpoint alone."
     try:
@@ -364,7 +368,7 @@ def save_or_report(
             manifest.with_suffix(".safetensors").unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         place = f"while saving to {folder}, where {free_space(folder)} bytes are free"
-        report(f"{place}: {error}; the newest checkpoint is {newest_name(folder)}")
+        notify(f"{place}: {error}; the newest checkpoint is {newest_name(folder)}")
         with suppress(OSError):
             remove_leftovers(folder)
 
@@ -400,17 +404,21 @@ def catch_signals(
 
 # %% ../../nbs/training/05_checkpoints.ipynb #8c8b0b64
 class Checkpointer(Callback):
-    "Saves a run as it goes, resumes it, and saves and stops it when a signal arrives."
+    "Saves a run as it goes, resumes it, and stops it when a signal arrives; the last one in a list of callbacks."
 
     def __init__(
         self,
         folder: str | Path,  # of the checkpoints of this run, and of no other
         every: float = 60.0,  # seconds at least between two saves
-        report: Callable[[str], None] = print,  # takes a message for the user
+        notify: Callable[[str], None] = print,  # takes a message for the user
     ):
-        self.folder, self.every, self.report = Path(folder), every, report
+        self.folder = Path(folder)
+        self.every = every
+        self.notify = notify
         self.signal = 0  # the number of the signal that asked to stop
-        self.saved_at, self.thread, self.stack = time.monotonic(), threading.Thread(), ExitStack()
+        self.saved_at = time.monotonic()
+        self.thread = None  # the one that is writing
+        self.stack = ExitStack()
 
     def request_stop(self, number: int) -> None:
         "Stop after the step under way, as the signal of that number requests."
@@ -421,21 +429,23 @@ class Checkpointer(Callback):
         self.wait()
         self.saved_at = time.monotonic()
         if distributed.is_main():
-            arguments = (self.folder, *pack(run), self.report)
-            self.thread = threading.Thread(target=save_or_report, args=arguments)
+            arguments = (self.folder, *pack(run), self.notify)
+            self.thread = threading.Thread(target=save_or_notify, args=arguments)
             self.thread.start()
 
     def wait(self) -> None:
         "Wait for the save under way, if there is one."
-        if self.thread.is_alive():
+        if self.thread is not None:
             self.thread.join()
+            self.thread = None
 
     def on_train_start(self, run: Run) -> None:
+        self.signal, self.saved_at = 0, time.monotonic()
         self.stack.enter_context(catch_signals(self.request_stop))
         if distributed.is_main():
-            self.stack.enter_context(locked(self.folder, self.report))
+            self.stack.enter_context(locked(self.folder, self.notify))
             for message in resume(run, self.folder):
-                self.report(message)
+                self.notify(message)
         if distributed.world_size() > 1:
             states = distributed.all_gather_object(pack(run) if distributed.is_main() else None)
             unpack(run, *states[0])
@@ -457,7 +467,7 @@ class Checkpointer(Callback):
         "Save, and raise `Terminated` or `Interrupted`; they report a save only if the checkpoint exists."
         self.save(run)
         self.wait()
-        newest = newest_name(self.folder)
+        newest = distributed.all_gather_object(newest_name(self.folder))[0]  # the main process wrote it
         if newest == checkpoint_name(run.epoch, run.step):
             state = "and saved: the same command resumes from there"
         else:

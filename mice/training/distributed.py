@@ -11,6 +11,8 @@ __all__ = ['is_launched', 'rank', 'world_size', 'is_main', 'local_device', 'Rank
 # %% ../../nbs/training/09_distributed.ipynb #10d1f30d
 import hashlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -53,7 +55,8 @@ def local_device(
         return name
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
-    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    local = int(os.environ["LOCAL_RANK"])
+    count = torch.cuda.device_count()
     own = "each process needs a GPU of its own"
     require(name in ("auto", "cuda"), f"{own}: device must be 'auto', 'cuda' or 'cpu', got {name!r}")
     found = f"there are {count}, this is process {local + 1}"
@@ -102,6 +105,8 @@ def process_group(
                     torch.cuda.set_device(local_device(device))
                 yield
         except RankLost:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it; this process is ending anyway
             dist.group.WORLD.abort()
             raise
         finally:
@@ -112,7 +117,8 @@ def shard(
     x: Tensor,  # (N, ...) the whole batch, the same on every rank; N divisible by the world size
 ) -> Tensor:  # (N / R, ...) this rank's part, a view
     "The part of a batch that this process works on."
-    N, R = len(x), world_size()
+    N = len(x)
+    R = world_size()
     near = [n for n in (N // R * R, -(-N // R) * R) if n] or [R]
     fits = " or ".join(map(str, near))
     require(

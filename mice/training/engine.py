@@ -137,7 +137,9 @@ def capture(
     batch: object,  # where the step will find its batches
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:  # the graph, and where it leaves the loss
     "Capture a step after three warm-up steps on a side stream; `state` is left as it was."
-    saved, graph, side = snapshot(state), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    saved = snapshot(state)
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -158,7 +160,9 @@ class CapturedStep:
         state: list[Tensor],  # all that the step changes
         batch: object,  # an example
     ):
-        self.batch, self.step_fn, self.graph = tree_map(torch.clone, batch), step_fn, None
+        self.batch = tree_map(torch.clone, batch)
+        self.step_fn = step_fn
+        self.graph = None
         if tree_leaves(batch)[0].is_cuda:
             self.graph, self.loss = capture(step_fn, state, self.batch)
 
@@ -199,7 +203,8 @@ def check_same_update(
     (loss, update), (plain_loss, plain_update) = found, expected
     near = abs(loss - plain_loss) <= 0.01 * abs(plain_loss)
     require(near, f"the loss came out as {loss:.4g} instead of {plain_loss:.4g}")
-    error, length = (update - plain_update).norm().item(), plain_update.norm().item()
+    error = (update - plain_update).norm().item()
+    length = plain_update.norm().item()
     require(
         error <= 0.1 * length, f"the update of the weights is off by {error:.3g}, its length is {length:.3g}"
     )

@@ -173,7 +173,8 @@ def smaller_settings(
     def halves(n, low):
         return [n >> i for i in range(1, 12) if n >> i >= low]
 
-    device, stem = find_device(cfg.device), "_cifar" if cfg.arch.endswith("_cifar") else ""
+    device = find_device(cfg.device)
+    stem = "_cifar" if cfg.arch.endswith("_cifar") else ""
     smaller = {"resnet50": ["resnet34", "resnet18"], "resnet34": ["resnet18"]}
     trunks = [name + stem for name in smaller.get(cfg.arch.removesuffix("_cifar"), [])]
     found = {
@@ -207,14 +208,15 @@ def check_fits_memory(
 ) -> Memory:  # what the run will need
     "Raise ValueError if a run cannot fit; the message suggests settings that would."
     def lacking(cfg):
-        need, free = run_memory(shape, cfg, **how), available_memory(find_device(cfg.device))
+        need = run_memory(shape, cfg, **how)
+        free = available_memory(find_device(cfg.device))
         rows = zip(("memory", "GPU memory"), need, free, strict=True)
         return [f"{format_bytes(n)} of {name}, got {format_bytes(f)}" for name, n, f in rows if n > f]
 
     short = lacking(cfg)
     if short:
         ways = suggestions(lambda other: not lacking(other), cfg)
-        advice = "no single setting would make it fit: choose smaller ones, or fewer images"
+        advice = "no single change would make it fit: choose smaller settings, or fewer images"
         if ways:
             advice = f"choose {' or '.join(ways)}"
         raise ValueError(f"this run needs {' and '.join(short)}: {advice}")
@@ -228,9 +230,11 @@ def measure_step_seconds(
     patience: float = 10.0,  # seconds; a first step longer than this is the only one
 ) -> tuple[float, float]:  # seconds of a step, and of the health check of an epoch
     "Measured on a discarded run with a tiny `lr`, so that an absurd one fails in the real run and not here."
-    sample, cfg = images[: max(256, cfg.batch_size)], replace(cfg, lr=1e-9)
+    sample = images[: max(256, cfg.batch_size)]
+    cfg = replace(cfg, lr=1e-9)
     run = init_run(model_class(cfg, *channel_stats(sample)), sample, cfg)
-    data, index = torch.from_numpy(sample), torch.arange(cfg.batch_size)
+    data = torch.from_numpy(sample)
+    index = torch.arange(cfg.batch_size)
     step_fn = make_step_fn(run.model.train())
     seconds = []
 

@@ -95,7 +95,8 @@ def diagnose(
     warmed_up = epoch > cfg.warmup and seen >= cfg.nu
     if sizes is None:
         return Health(dispersion(h).min().item(), warmed_up)
-    f, g = h[:, :-1], h[:, -1]  # (m, K, D), (m, D)
+    f = h[:, :-1]  # (m, K, D)
+    g = h[:, -1]  # (m, D)
     shares = [size / sum(sizes) for size in sizes]
     entropy = sum(-share * math.log(share) for share in shares if share > 0) / math.log(len(sizes))
     return Health(
@@ -213,9 +214,11 @@ def clustering_diagnostics(
     embeddings: Tensor,  # (M, D) or (M, K, D), of any length; their direction counts
 ) -> dict:  # sizes (list of K ints); entropy, confidence and embedding_std, each between 0 and 1
     "Four numbers about a clustering that need no labels."
-    (M, K), D = check_shapes("log_posterior:MK", log_posterior).values(), embeddings.shape[-1]
+    (M, K) = check_shapes("log_posterior:MK", log_posterior).values()
+    D = embeddings.shape[-1]
     require(M >= 1 and K >= 2, f"log_posterior must have at least 1 row and 2 columns, got {(M, K)}")
-    fits, shape = embeddings.ndim >= 2 and len(embeddings) == M, tuple(embeddings.shape)
+    fits = embeddings.ndim >= 2 and len(embeddings) == M
+    shape = tuple(embeddings.shape)
     require(fits, f"embeddings must have shape ({M}, ..., D), got {shape}")
     posterior = log_posterior.detach().exp()  # (M, K)
     check_finite(posterior=posterior, embeddings=embeddings)

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['learning_rate', 'batches', 'Render', 'StudentTeacher', 'MiCEModel', 'Batch', 'to_device', 'make_batch',
            'make_step_fn', 'Epoch', 'epoch_warnings', 'warnings_by_epoch', 'Run', 'init_run', 'Callback', 'Progress',
-           'accelerate_step', 'nonfinite_error', 'check_losses_finite', 'train_epoch', 'images_on_device',
-           'check_batch_size', 'train', 'fit', 'Prediction', 'predict', 'flat_embeddings']
+           'accelerate_step', 'nonfinite_error', 'check_losses_finite', 'record_epoch', 'train_epoch', 'calling_end',
+           'images_on_device', 'check_batch_size', 'train', 'fit', 'Prediction', 'predict', 'flat_embeddings']
 
 # %% ../../nbs/training/03_loop.ipynb #14313f3a
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,7 +80,9 @@ class StudentTeacher(nn.Module):
     ):
         super().__init__()
         self.cfg, self.optimizer = cfg, None
-        self.student, self.teacher, self.queue = student, make_teacher(student), queue
+        self.student = student
+        self.teacher = make_teacher(student)
+        self.queue = queue
         self.render = Render()
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
@@ -171,9 +173,10 @@ class MiCEModel(StudentTeacher):
         return loss_bounds(cfg.nu, cfg.tau)
 
     def start_training(self, cfg: Config) -> None:
-        "A new optimiser, and the temperatures of `cfg`."
+        "A new optimiser, new sums, and the temperatures of `cfg`."
         super().start_training(cfg)
         self.kappa.fill_(cfg.kappa)
+        self.sums.reset()
 
     def log_gate(
         self,
@@ -241,7 +244,9 @@ def make_batch(
     step: int,  # within the epoch
 ) -> Batch:  # on the model's device
     "One batch; with several processes, the share of this one."
-    cfg, device, shape = model.cfg, model.mean.device, (len(index), *images.shape[1:])
+    cfg = model.cfg
+    device = model.mean.device
+    shape = (len(index), *images.shape[1:])
     params = []
     for i in range(1, model.n_views + 1):
         drawn = sample_params(shape, cfg.seed, f"view {i}", epoch, step, views=cfg.views)
@@ -332,7 +337,7 @@ class Callback:
         "After every epoch: its record is `run.history[-1]`, `run.epoch` is already the next one."
 
     def on_train_end(self, run: Run, error: BaseException | None) -> None:
-        "After the last step, however the run ended."
+        "After the last step, however the run ended; the last callback comes first."
 
 # %% ../../nbs/training/03_loop.ipynb #a1000008
 class Progress(Callback):
@@ -399,6 +404,22 @@ def check_losses_finite(
         raise nonfinite_error(run, since + int(broken[0]))
 
 # %% ../../nbs/training/03_loop.ipynb #d3acf500
+def record_epoch(
+    run: Run,  # all steps of an epoch are done; afterwards at the start of the next one
+    images: Tensor,  # (M, H, W, C) uint8
+    visits: int,  # images seen since `started`
+    started: float,  # time, as `time.perf_counter` gives it
+) -> None:
+    "Let the model end the epoch, and add its record to the history."
+    loss = torch.stack(run.losses).mean().item()
+    sizes = run.model.end_epoch()
+    seconds = time.perf_counter() - started
+    health = diagnose(run.model, run.epoch, sizes, images)._asdict()
+    lr = learning_rate(run.cfg, run.epoch)
+    run.history.append(Epoch(run.epoch, loss, lr, sizes, visits / seconds, seconds, health))
+    run.epoch, run.step, run.losses = run.epoch + 1, 0, []
+
+
 def train_epoch(
     run: Run,  # changed in place; afterwards at the start of the next epoch
     images: Tensor,  # (M, H, W, C) uint8
@@ -406,10 +427,10 @@ def train_epoch(
     callbacks: Sequence[Callback] = (),
 ) -> None:
     "One pass over the images, or what is left of it."
-    cfg, model, started = run.cfg, run.model.train(), time.perf_counter()
-    order = list(batches(len(images), cfg, run.epoch))[run.step :]
-    lr = learning_rate(cfg, run.epoch)
-    model.set_learning_rate(lr)
+    started = time.perf_counter()
+    model = run.model.train()
+    model.set_learning_rate(learning_rate(run.cfg, run.epoch))
+    order = list(batches(len(images), run.cfg, run.epoch))[run.step :]
     for callback in callbacks:
         callback.on_epoch_start(run)
     for index in order:
@@ -423,17 +444,26 @@ def train_epoch(
         for callback in callbacks:
             callback.on_step_end(run)
     check_losses_finite(run, 0)
-    loss, sizes = torch.stack(run.losses).mean().item(), model.end_epoch()
-    seconds = time.perf_counter() - started
-    health = diagnose(model, run.epoch, sizes, images)._asdict()
-    run.history.append(
-        Epoch(run.epoch, loss, lr, sizes, len(order) * cfg.batch_size / seconds, seconds, health)
-    )
-    run.epoch, run.step, run.losses = run.epoch + 1, 0, []
+    record_epoch(run, images, len(order) * run.cfg.batch_size, started)
     for callback in callbacks:
         callback.on_epoch_end(run)
 
 # %% ../../nbs/training/03_loop.ipynb #b29cb678
+@contextmanager
+def calling_end(
+    callback: Callback,
+    run: Run,
+) -> Iterator[None]:
+    "Inside, a run is under way; however it ends, the callback is called."
+    try:
+        yield
+    except BaseException as error:
+        callback.on_train_end(run, error)
+        raise
+    else:
+        callback.on_train_end(run, None)
+
+
 def images_on_device(
     images: np.ndarray,  # (M, H, W, C) uint8, perhaps a memory map
     device: torch.device,
@@ -469,8 +499,9 @@ def train(
     require(same, "every process must be given the same images, got different ones")
     callbacks = [Progress(progress), *callbacks]
     with ExitStack() as stack:
+        stack.callback(setattr, model, "optimizer", None)  # its momentum is of no use any more
         for callback in callbacks:
-            stack.push(lambda kind, error, trace, end=callback.on_train_end: end(run, error))
+            stack.enter_context(calling_end(callback, run))
             callback.on_train_start(run)
         stack.enter_context(engine.cpu_threads(cfg.threads))
         stack.enter_context(engine.deterministic_algorithms(cfg.deterministic))
@@ -478,7 +509,6 @@ def train(
         step_fn = accelerate_step(run, data)
         while run.epoch <= cfg.epochs:
             train_epoch(run, data, step_fn, callbacks)
-    model.optimizer = None  # its momentum is of no use any more
     return model.eval(), run.history
 
 # %% ../../nbs/training/03_loop.ipynb #c1754d9f
@@ -508,13 +538,15 @@ def predict(
     together: bool = True,  # several processes share the images; off: each processes all it is given
 ) -> Prediction:
     "Posterior over clusters and embeddings of each image, independent of order and batch unless `official`."
-    parts, queue = [], deepcopy(model.queue) if cfg.official else model.queue
+    parts = []
+    queue = deepcopy(model.queue) if cfg.official else model.queue
     images = torch.from_numpy(check_images(images))
     together = together and not cfg.official  # there, the order of all images matters
     mine = distributed.shard_slice(len(images)) if together else slice(0, len(images))
     with eval_mode(model):
         for x in standardised_batches(images[mine], model.mean, model.std, batch):
-            (f, g), v = model.student(x), model.teacher.experts(x)
+            f, g = model.student(x)
+            v = model.teacher.experts(x)
             log_posterior = model.objective(f, v, g, queue).log_posterior
             if cfg.official:
                 queue.enqueue(v)

@@ -122,10 +122,13 @@ def parse_checkpoint(
     file: TorchFile,
 ) -> OfficialCheckpoint:
     "Sort the contents of a checkpoint; ValueError names what is missing, surplus or of another shape."
-    content, needed, optional = file.content, {"model", "model_ema", "elbo"}, {"opt", "optimizer", "epoch"}
+    content = file.content
+    needed = {"model", "model_ema", "elbo"}
+    optional = {"opt", "optimizer", "epoch"}
     named = type(content) is dict and all(type(key) is str for key in content)
     require(named, "a dictionary with texts as keys was expected")
-    missing, surplus = sorted(needed - content.keys()), sorted(content.keys() - needed - optional)
+    missing = sorted(needed - content.keys())
+    surplus = sorted(content.keys() - needed - optional)
     require(not missing, f"the checkpoint lacks {first_few(missing)}")
     require(not surplus, f"the checkpoint holds what the official code does not save: {first_few(surplus)}")
     student, teacher, elbo = (locate_tensors(file, part) for part in ("model", "model_ema", "elbo"))
@@ -245,7 +248,7 @@ def load_official(
     "Read an official checkpoint; nothing in it is executed, and nothing larger than it is allocated."
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"an official checkpoint was expected at {path}, there is no such file")
+        raise FileNotFoundError(f"an official checkpoint was expected at {path}; there is no such file")
     with as_value_error(path, "an official MiCE checkpoint that can be used", unpickle.TORCH_FILE_ERRORS):
         file = open_torch_file(path, OFFICIAL_GLOBALS)
         checkpoint = parse_checkpoint(file)

@@ -19,7 +19,8 @@ def scalars(
     epoch: Epoch,  # just done
 ) -> dict[str, float]:  # name -> value; names with a common first word are drawn together
     "The curves to which an epoch adds a point; those that its method does not have are omitted."
-    sizes, health = epoch.sizes or [], epoch.health or {}
+    sizes = epoch.sizes or []
+    health = epoch.health or {}
     training = {f"training/{name}": getattr(epoch, name) for name in ("loss", "lr", "images_per_second")}
     shares = {f"share/cluster {k}": size / sum(sizes) for k, size in enumerate(sizes)}
     states = {f"health/{name}": float(value) for name, value in health.items() if value is not None}
@@ -71,7 +72,8 @@ class TensorBoard(Callback):
     ):
         if open_writer is None:
             check_installed()
-        self.folder, self.open_writer = Path(folder), open_writer or event_writer
+        self.folder = Path(folder)
+        self.open_writer = open_writer or event_writer
         self.writer, self.runs = None, 0  # the open file, runs begun
 
     def on_train_start(self, run: Run) -> None:

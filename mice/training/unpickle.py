@@ -259,7 +259,8 @@ def open_legacy_format(
     require(known, "its list of storages is damaged")
     starts, end = {}, stream.tell()
     for key in keys:
-        count, numel = int.from_bytes(data[end : end + 8], "little"), storages[key].numel
+        count = int.from_bytes(data[end : end + 8], "little")
+        numel = storages[key].numel
         require(count == numel, f"its storage {key[:40]!r} should have {numel} numbers, it has {count}")
         starts[key] = end + 8
         end += 8 + count * storages[key].dtype.itemsize
@@ -327,7 +328,7 @@ def locate_tensor(
             message = f"a tensor of shape {shape} must lie whole in its storage of {storage.numel} numbers"
             require(dense and inside, message)
             return TensorLocation(shape, storage, offset)
-    raise ValueError("a tensor was expected, something else came")
+    raise ValueError("a tensor was expected, got something else")
 
 
 def read_tensor(
@@ -336,7 +337,8 @@ def read_tensor(
 ) -> Tensor:  # a copy of its own
     "The numbers of one tensor."
     shape, (dtype, _, numel), offset = location
-    raw, size = file.read_storage(location.storage), numel * dtype.itemsize
+    raw = file.read_storage(location.storage)
+    size = numel * dtype.itemsize
     require(len(raw) == size, f"a storage should have {size} bytes, it has {len(raw)}")
     numbers = np.frombuffer(raw, dtype, math.prod(shape), offset * dtype.itemsize)
     return torch.from_numpy(numbers.reshape(shape).copy())

@@ -66,7 +66,7 @@ def test_stopped_it_resumes_to_the_same_bits(model, tmp_path, capsys):
     assert "resumed from epoch 4, step 1" in capsys.readouterr().out
     assert again.loss_curve_ == model.loss_curve_
     np.testing.assert_array_equal(again.predict_proba(FEW), model.predict_proba(FEW))
-    with pytest.raises(ValueError, match="the images are others"):
+    with pytest.raises(ValueError, match="the images are different"):
         MiCE(**QUICK, checkpoint_dir=tmp_path).fit(FEW[::-1])
 
 
@@ -121,7 +121,6 @@ def test_a_warm_start_keeps_the_model_and_takes_new_temperatures(model):
     torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
     assert (former.tau, former.kappa) == (2, 2), "the former model is left as it was"
     assert (warm.model_.tau, warm.model_.kappa) == (0.5, 3) == (warm.config_.tau, warm.config_.kappa)
-    assert warm.model_.bounds != former.bounds
     cooler = pickle.loads(pickle.dumps(model)).set_params(warm_start=True, epochs=1, lr=1e-9).fit(FEW[:100])
     assert cooler.model_.tau == 2 and cooler.loss_curve_ != warm.loss_curve_
     with pytest.raises(ValueError, match="nu must stay"):

@@ -137,7 +137,7 @@ def test_a_result_of_the_earlier_version_is_recognised(done, photos, tmp_path):
     (out / "mice.json").write_text(json.dumps(dict(wishes=options, finished=True, mice="0.1.0")))
     code, _, messages = call("cluster", photos, "-o", out, *QUICK, 2)
     assert code == 0 and "nothing is trained" in messages
-    code, _, messages = call("cluster", photos, "-o", out, *QUICK, 2, "--starts", 3)
+    code, _, messages = call("cluster", photos, "-o", out, *QUICK, 2, "--n-init", 3)
     assert code == 2 and "(n_init was 1, is 3)" in messages
 
 
@@ -261,7 +261,7 @@ def test_several_numbers_of_clusters_are_compared(photos, tmp_path):
 
 def test_a_dry_run_writes_nothing(photos, tmp_path):
     words = ["cluster", photos, "-o", tmp_path / "out", *QUICK, 7, "--dry-run"]
-    code, printed, _ = call(*words, "--starts", 3, "--json")
+    code, printed, _ = call(*words, "--n-init", 3, "--json")
     facts = json.loads(printed)
     assert code == 0 and facts["settings"]["epochs"] == 7 and facts["images"] == 24 and facts["seconds"] > 0
     code, printed, _ = call(*words)
@@ -293,7 +293,7 @@ def places(tmp_path, monkeypatch, done) -> dict:
     "words, says",
     [
         ("cluster empty", "empty must hold images, got none"),
-        ("cluster text", "got none; 1 file without the ending of an image passed over: a.txt"),
+        ("cluster text", "got none; 1 file without an image extension skipped: a.txt"),
         ("cluster nowhere", "must be a folder of images, there is none"),
         ("cluster one/1.png", "must be a folder of images, got a file"),
         ("cluster RESULT", "was written by mice cluster"),

@@ -203,7 +203,7 @@ def test_missing_data(name, files, source, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as caught:
         load_dataset(Config(dataset=name))
     fetch = f"--download fetches it from {source}"
-    own = "--data PATH names the folder or .npz file where it lies"
+    own = "--data PATH names the folder or .npz file where it is"
     assert str(caught.value) == f"{name} was not found in 'data', neither {files}: {fetch}, or {own}"
 
 

@@ -275,7 +275,8 @@ def test_strict_refuses_each_kind(tmp_path):
     for i, (name, (_, reason)) in enumerate(BAD.items()):
         folder = album(tmp_path / str(i), random.Random(0), {name: BAD[name]})
         line = refusal(lambda folder=folder: load_folder(folder, 8, strict=True))
-        assert line.startswith(f"--strict wants everything in {i} read, got 1 that cannot be: "), (name, line)
+        wanted = f"--strict requires every file in {i} to be readable, got 1 that cannot be: "
+        assert line.startswith(wanted), (name, line)
         assert reason in line, (name, line)
     assert len(load_folder(album(tmp_path / "clean"), 8, strict=True).images) == 6
 
@@ -470,7 +471,7 @@ def test_folders_of_earlier_runs_are_passed_over(tmp_path):
     (tmp_path / "one" / "circle").symlink_to(tmp_path)  # nothing in there is of interest
     names, notes = find_images(tmp_path, skip="mice.json")
     assert names == ["1.png", "a/2.png"]
-    assert [str(note) for note in notes] == ["what an earlier run wrote passed over: a/two/, one/"]
+    assert [str(note) for note in notes] == ["output of an earlier run skipped: a/two/, one/"]
     line = refusal(lambda: find_images(tmp_path / "one", skip="mice.json"))
     assert line == f"{tmp_path}/one was written by mice cluster: name the folder with the images"
     assert len(find_images(tmp_path)[0]) == 4
@@ -478,7 +479,7 @@ def test_folders_of_earlier_runs_are_passed_over(tmp_path):
 
 def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("words")
-    without = "1 file without the ending of an image passed over: a.txt"
+    without = "1 file without an image extension skipped: a.txt"
     expected = {
         tmp_path: f"must hold images, got none; {without}",
         tmp_path / "a.txt": "must be a folder of images, got a file",
@@ -615,7 +616,7 @@ def test_command_refuses_with_strict(tmp_path):
     done = reproduce(album(tmp_path / "mixed", random.Random(0)), "--strict", "--out", tmp_path / "out")
     assert done.returncode == 2, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("mice: "))
-    assert f"--strict wants everything in mixed read, got {len(BAD)} that cannot be: " in line
+    assert f"--strict requires every file in mixed to be readable, got {len(BAD)} that cannot be: " in line
     assert done.stderr.splitlines()[-1] == line and "Traceback" not in done.stderr
     assert read_rows(tmp_path / "out") == []
 

@@ -374,7 +374,7 @@ def test_damaged_checkpoints_push_out_no_good_one(tmp_path):
 
     def save(epoch):
         run.epoch = epoch
-        checkpoints.save_or_report(tmp_path, *pack(run), print)
+        checkpoints.save_or_notify(tmp_path, *pack(run), print)
 
     for epoch in (100, 129, 130):
         save(epoch)
@@ -552,7 +552,7 @@ class Plant(Callback):
 
 def planted_fit(folder: Path, seed: int, at: int = -1, plant=None) -> dict:
     callback = Plant(at, plant)
-    checkpointer = Checkpointer(folder, every=0, report=lambda message: None)
+    checkpointer = Checkpointer(folder, every=0, notify=lambda message: None)
     try:
         fit(images(), replace(CFG, seed=seed), [callback, checkpointer], progress=False)
     finally:

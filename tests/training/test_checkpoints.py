@@ -122,7 +122,7 @@ def test_signal_handlers_and_lock_are_given_back_however_the_run_ends(tmp_path, 
 
     def look():
         during.extend(handlers())
-        with pytest.raises(ValueError, match="another process works on this very run"):
+        with pytest.raises(ValueError, match="another process is already working on this run"):
             lock_folder(tmp_path, patience=0.0)
 
     with pytest.raises(ending, match=message) if ending else nullcontext():
@@ -134,7 +134,7 @@ def test_signal_handlers_and_lock_are_given_back_however_the_run_ends(tmp_path, 
 
 def test_a_folder_that_another_process_uses_changes_nothing(tmp_path, own, impatient):
     lock = lock_folder(tmp_path)
-    with pytest.raises(ValueError, match="another process works on this very run"):
+    with pytest.raises(ValueError, match="another process is already working on this run"):
         learn(Checkpointer(tmp_path))
     assert handlers() == own and lock.is_locked
 
@@ -207,7 +207,7 @@ def test_a_signal_during_a_save_waits_for_it_and_saves_again(tmp_path, monkeypat
 
 
 def test_a_checkpointer_can_be_used_again(tmp_path):
-    keeper = Checkpointer(tmp_path, report=str)
+    keeper = Checkpointer(tmp_path, notify=str)
     with pytest.raises(Terminated):
         learn(At(1, 2, send(signal.SIGTERM)), keeper)
     copied = copy.deepcopy(keeper)

@@ -166,7 +166,7 @@ def one_hangs():
 
 def one_is_wrong():
     if rank() == 1:
-        raise ValueError("the images are others")
+        raise ValueError("the images are different")
     all_reduce_sum(torch.ones(3))
 
 
@@ -175,7 +175,7 @@ def one_is_wrong():
     [
         (one_is_killed, 3, {}, -signal.SIGKILL, ""),
         (one_hangs, 2, dict(timeout=1.0), 1, ""),
-        (one_is_wrong, 2, {}, 1, "ValueError: the images are others"),
+        (one_is_wrong, 2, {}, 1, "ValueError: the images are different"),
     ],
 )
 def test_the_others_say_that_one_is_lost(work, count, options, code, error):

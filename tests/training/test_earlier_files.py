@@ -62,7 +62,7 @@ def as_earlier(tensors: dict, facts: dict) -> tuple[dict, dict]:
 
 def interrupt(method, images, cfg, folder: Path, place: tuple) -> None:
     "A run that is stopped after a step; (3, 0) is the end of the second epoch."
-    keeper = Checkpointer(folder, report=str)
+    keeper = Checkpointer(folder, notify=str)
 
     class Ask(Callback):
         def on_step_end(self, run):

@@ -106,7 +106,7 @@ def test_callbacks_are_called_in_order():
 
 @pytest.mark.parametrize("stop", [(1, 2), (1, STEPS), (2, 1)])
 def test_callbacks_are_called_in_order_by_a_run_that_is_resumed(tmp_path, stop):
-    calls, keeper = [], Checkpointer(tmp_path, report=lambda text: None)
+    calls, keeper = [], Checkpointer(tmp_path, notify=lambda text: None)
 
     class Ask(Callback):
         def on_step_end(self, run):
@@ -243,7 +243,7 @@ class Schedule(Callback):
 @pytest.mark.parametrize("stop", [(1, 2), (1, STEPS), "epoch end"])
 def test_a_schedule_is_resumed_where_it_was(tmp_path, stop):
     whole, history = learn(new_model(), callbacks=[Schedule()])
-    keeper = Checkpointer(tmp_path, report=lambda text: None)
+    keeper = Checkpointer(tmp_path, notify=lambda text: None)
 
     class Ask(Callback):
         def on_step_end(self, run):

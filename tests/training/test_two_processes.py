@@ -65,14 +65,14 @@ def learn(name: str, callbacks=()) -> dict[str, torch.Tensor]:
 def interrupt(folder: Path) -> None:
     "A run that a signal to one process stops in all of them."
     with pytest.raises(Terminated, match="stopped in epoch 2 after step 3 and saved"):
-        learn("mice", [AskOneRank(), Checkpointer(folder, report=str)])
+        learn("mice", [AskOneRank(), Checkpointer(folder, notify=str)])
 
 
 def work(out: Path) -> None:
     "All runs of two processes."
     found = {name: learn(name) for name in METHODS}
     interrupt(out / "from two")
-    found["resumed"] = learn("mice", [Checkpointer(out / "from one", report=str)])
+    found["resumed"] = learn("mice", [Checkpointer(out / "from one", notify=str)])
     torch.save(found, out / f"{distributed.rank()}.pt")
 
 
@@ -85,7 +85,7 @@ def states(tmp_path_factory) -> list[dict]:
         assert (ended.code, ended.output) == (0, "done\n"), ended.errors
     alone = {name: learn(name) for name in METHODS}
     assert (out / "from two" / "epoch00002-step000003.json").exists()
-    alone["resumed"] = learn("mice", [Checkpointer(out / "from two", report=str)])
+    alone["resumed"] = learn("mice", [Checkpointer(out / "from two", notify=str)])
     return [alone, *(torch.load(out / f"{r}.pt", weights_only=True) for r in (0, 1))]
 
 
