@@ -1,7 +1,7 @@
 """MiCE, unsupervised image clustering by a mixture of contrastive experts: the names most users need.
 
 Each name is imported from its module when it is first used, so that `import mice` is light. All modules are
-generated from the notebooks in `nbs/`; only this file and `__main__.py` are written by hand.
+generated from the notebooks in `nbs/`; only the `__init__.py` files and `__main__.py` are written by hand.
 """
 
 __version__ = "0.1.0"

@@ -13,6 +13,7 @@ import difflib
 import io
 import json
 import os
+import re
 import shutil
 import time
 import warnings
@@ -34,7 +35,7 @@ from ..training import distributed
 from ..training.forecast import forecast
 from ..training.loop import Prediction, flat_embeddings
 from . import outputs
-from .estimator import MODEL_FORMAT, TUNED, MiCE, estimator_config, prepare_fit
+from .estimator import MODEL_FORMAT, TUNED, FitData, MiCE, prepare_fit
 from .outputs import count_clusters, count_lines, table_rows
 from .selection import comparison_table, draw_scores, recommend
 
@@ -178,19 +179,21 @@ def claim_folder(
 def fit_or_load(
     est: MiCE,
     source: Source,  # the folder
-    images: np.ndarray,  # (M, S, S, C) uint8, the same with the model's channels
+    data: FitData,  # as from `prepare_fit`
     out: Path,
     options: ClusterOptions,
     notify: Callable[[str], None],  # takes a message for the user
 ) -> tuple[MiCE, Prediction]:
     "The fitted estimator of a folder, trained, resumed or loaded, and its predictions for the images."
-    decided = run_options(options, images)
+    decided = run_options(options, data.images)
     model = out / MODEL_FILE
     if claim_folder(out, decided, options.overwrite):
         notify(f"{out} holds this run already: its model is loaded, nothing is trained")
         est = MiCE.load(model, options.device).set_params(threads=options.threads)
-        return est, est._predict(images)
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # those that were reported before
+        return est, est._predict(data.images)
+    with warnings.catch_warnings():
+        for text in data.warnings:  # the user has read these
+            warnings.filterwarnings("ignore", re.escape(text), UserWarning)
         est.fit(source)
     est.save(model)
     write_run_file(out, decided, finished=True)
@@ -280,7 +283,7 @@ def cluster(
     data = prepare_fit(est, source)
     for warning in data.warnings:
         notify(warning)
-    est, prediction = fit_or_load(est, source, data.images, out, options, notify)
+    est, prediction = fit_or_load(est, source, data, out, options, notify)
     rows = write_results(est, data.read, prediction, folder, out, options, notify)
     return dict(
         folder=str(folder),
@@ -320,7 +323,7 @@ def plan(
     source = opened(folder, threads=options.threads, skip=RUN_FILE)
     est = make_estimator(options)
     data = prepare_fit(est, source)
-    cfg = estimator_config(est, source, options.seed, n_clusters=data.ks[-1])
+    cfg = data.config(est, options.seed, n_clusters=data.ks[-1])
     cost = forecast(data.images, cfg)
     trials = len(data.ks) * max(3, options.n_init) / 3 if len(data.ks) > 1 else 0
     return dict(

@@ -1,0 +1,1 @@
+"Images, folders of images, datasets, and the views of an image."

@@ -1,0 +1,1 @@
+"The paper's experiments: methods, the ledger of runs, tables and figures, the runner, the benchmark."

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ..figures import STUDENT, TEACHER
+from ..figures import CLUSTERS, STUDENT
 from . import tables
 from .ledger import Row
 
@@ -120,9 +120,10 @@ def learning_figure(
 ) -> plt.Figure | None:  # None if nothing was trained
     "Loss of each method over epochs, and the accuracy at three of them."
     found = {}
-    for method, colour in dict(mice=STUDENT, two_stage=TEACHER).items():
-        if group := shown_group(rows, dataset, method):
-            found[tables.TABLE_METHODS[method].title] = group, colour
+    for (method, entry), colour in zip(tables.TABLE_METHODS.items(), CLUSTERS, strict=False):
+        group = shown_group(rows, dataset, method)
+        if group and group.is_trained:
+            found[entry.title] = group, colour
     if not found:
         return None
     fig, axes = plt.subplots(1, len(found) + 1)

@@ -274,7 +274,8 @@ def mean_and_std(
 ) -> str:  # such as '97.3±0.2'; '97.3' for a single run
     "Mean and standard deviation of a score in per cent."
     mean, std, _ = group.mean_std_best(score)
-    return number_or(mean, "no labels") + ("" if std is None else f"±{std:.1f}")
+    has_labels = group.mean_std_best(METRICS[0])[0] is not None
+    return number_or(mean, "not recorded" if has_labels else "no labels") + ("" if std is None else f"±{std:.1f}")
 
 # %% ../../nbs/reproduction/05_tables.ipynb #0c0c9960
 def brace_seeds(

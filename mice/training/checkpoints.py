@@ -404,7 +404,7 @@ def catch_signals(
 
 # %% ../../nbs/training/05_checkpoints.ipynb #8c8b0b64
 class Checkpointer(Callback):
-    "Saves a run as it goes, resumes it, and stops it when a signal arrives; the last one in a list of callbacks."
+    "Saves and resumes a run, and stops it when a signal arrives. It comes last in a list of callbacks."
 
     def __init__(
         self,

@@ -106,7 +106,7 @@ def process_group(
                 yield
         except RankLost:
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it; this process is ending anyway
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it; we are ending
             dist.group.WORLD.abort()
             raise
         finally:

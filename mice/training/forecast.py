@@ -30,6 +30,7 @@ from ..core import require
 from ..data.views import channel_stats
 from ..machine import free_memory, process_memory
 from ..text import format_bytes, format_duration
+from . import engine
 from .distributed import world_size
 from .engine import cpu_threads, find_device, resolve_compile, set_precision, use_bfloat16
 from .health import diagnose
@@ -119,7 +120,7 @@ def step_memory(
     "The memory of a training step, without using it."
     require(world_size() == 1, "a forecast is made before the processes of a run join, or without them")
     bfloat16 = use_bfloat16(cfg, find_device(cfg.device))
-    kernel_agrees(torch.device("cpu"), torch.bfloat16 if bfloat16 else torch.float32, cfg.dim)
+    kernel_agrees(torch.device("cpu"), engine.queue_dtype(bfloat16), cfg.dim)
     with FakeTensorMode():
         return measure_step_memory(cfg, channels, model_class, bfloat16, fake=True)
 

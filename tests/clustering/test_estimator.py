@@ -60,10 +60,10 @@ class StopAfter(Callback):
 
 
 def test_stopped_it_resumes_to_the_same_bits(model, tmp_path, capsys):
-    with pytest.raises(Terminated, match="stopped in epoch 4 after step 1"):
+    with pytest.raises(Terminated, match="stopped in epoch 4 after step 0"):
         MiCE(**QUICK, checkpoint_dir=tmp_path, callbacks=[StopAfter(3)]).fit(FEW)
     again = MiCE(**QUICK, checkpoint_dir=tmp_path).fit(FEW)
-    assert "resumed from epoch 4, step 1" in capsys.readouterr().out
+    assert "resumed from epoch 4, step 0" in capsys.readouterr().out
     assert again.loss_curve_ == model.loss_curve_
     np.testing.assert_array_equal(again.predict_proba(FEW), model.predict_proba(FEW))
     with pytest.raises(ValueError, match="the images are different"):

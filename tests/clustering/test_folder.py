@@ -196,9 +196,9 @@ def test_unreadable_files_change_nothing(tmp_path):
 def test_another_run_is_refused_and_replaced_on_demand(photos, tmp_path):
     out = tmp_path / "out"
     code, printed, messages = call("cluster", photos, "-o", out, *QUICK, 1, "--quiet")
-    unread, passed_over = "broken.png (not an image)", "passed over: notes.txt"
+    unread, other = "broken.png (not an image)", "1 file without an image extension skipped: notes.txt"
     assert (code, printed) == (0, "") and all(line.startswith("mice: ") for line in messages.splitlines())
-    assert len(messages.splitlines()) == 2 and unread in messages and passed_over in messages
+    assert len(messages.splitlines()) == 2 and unread in messages and other in messages
     (out / "mine.txt").write_text("keep")
     code, _, messages = call("cluster", photos, "-o", out, *QUICK, 2)
     assert code == 2 and "epochs was 1, is 2" in messages and "--overwrite" in messages
@@ -297,11 +297,11 @@ def places(tmp_path, monkeypatch, done) -> dict:
         ("cluster nowhere", "must be a folder of images, there is none"),
         ("cluster one/1.png", "must be a folder of images, got a file"),
         ("cluster RESULT", "was written by mice cluster"),
-        ("cluster one", "n_clusters = 3 images are needed, got 1"),
-        ("cluster one -k auto", "n_clusters = 4 images are needed, got 1"),
+        ("cluster one", "n_clusters = 3 images that can be read are needed, got 1"),
+        ("cluster one -k auto", "n_clusters = 4 images that can be read are needed, got 1"),
         ("cluster half", "n_clusters = 3 images that can be read are needed, got 2"),
         ("cluster broken -k 2", "got none of 2 files"),
-        ("cluster ten -k 11", "n_clusters = 11 images are needed, got 10"),
+        ("cluster ten -k 11", "n_clusters = 11 images that can be read are needed, got 10"),
         ("cluster ten -k 1", "n_clusters must be a whole number of at least 2"),
         ("cluster ten -k 9..3", "got '9..3'"),
         ("cluster ten -o ten", "must be new, empty, or of an earlier run, got one with other files: 0.png"),

@@ -142,9 +142,9 @@ def test_one_command_evaluates_a_checkpoint(saved, path, tmp_path, monkeypatch):
     from click.testing import CliRunner
 
     from mice.cli import main
-    from mice.data import datasets
     from mice.data.images import Images
     from mice.metrics import evaluate
+    from mice.reproduction import runner
 
     images, labels = random_images(24, 32), np.arange(24) % 10
     some = Images("cifar10", images, labels, "24 stand-ins", tuple("abcdefghij"))
@@ -154,7 +154,7 @@ def test_one_command_evaluates_a_checkpoint(saved, path, tmp_path, monkeypatch):
         asked.append((cfg.dataset, cfg.data))
         return some, some
 
-    monkeypatch.setattr(datasets, "load_dataset", load_stand_ins)
+    monkeypatch.setattr(runner, "load_dataset", load_stand_ins)
     options = ["--data", "elsewhere", "--device", "cpu", "--out", str(tmp_path / "clusters.npz")]
     done = CliRunner().invoke(main, ["evaluate", str(path), *options])
     assert done.exit_code == 0 and asked == [("cifar10", "elsewhere")], done.output
