@@ -79,7 +79,8 @@ def execute(notebook, tmp_path, folder):
     for cell in code_cells(fresh):
         cell.outputs = []
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(fresh, timeout=300, kernel_name="python3", resources=resources).execute(env=env)
+    options = dict(timeout=300, kernel_name="python3", shutdown_kernel="immediate")  # nothing is left to do
+    NotebookClient(fresh, resources=resources, **options).execute(env=env)
     return fresh
 
 
