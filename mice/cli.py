@@ -297,7 +297,7 @@ def cluster_command(folder, out, k, epochs, size, settings, as_json, dry_run, qu
     An interrupted command resumes when you repeat it.
     """
     from mice.clustering import folder as command
-    from mice.reproduction.runner import parse_settings
+    from mice.config import parse_settings
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         advice = "to train on several, give the folder to mice reproduce: --set dataset=FOLDER"

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'NEUTRAL', 'ADDED', 'RENAMED', 'neutral', 'added', 'Config', 'check_type', 'check_config', 'config_from',
-           'upgraded']
+           'upgraded', 'parse_value', 'parse_settings']
 
 # %% ../nbs/training/01_config.ipynb #c0000004
 import difflib
 from dataclasses import dataclass, field, fields
+
+import yaml
 
 from .core import check_positive, require
 
@@ -158,3 +160,25 @@ def upgraded(
 ) -> dict:  # with today's names
     "The fields of a configuration under their present names."
     return {RENAMED.get(name, name): value for name, value in values.items()}
+
+# %% ../nbs/training/01_config.ipynb #a951c71d
+def parse_value(
+    text: str,  # what follows the equals sign
+) -> object:
+    "The value YAML reads; 1e-3, which YAML reads as a string, is a number."
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def parse_settings(
+    settings: tuple,  # 'name=value' texts, as given to --set
+) -> dict:  # name -> value
+    "Settings of the command line."
+    values = {}
+    for item in settings:
+        name, equals, value = item.partition("=")
+        require(bool(equals), f"--set needs name=value, got {name!r}")
+        values[name] = parse_value(value)
+    return values

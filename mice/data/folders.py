@@ -265,7 +265,7 @@ def decode_all(
         yield from tqdm(decoded, folder.name, len(names), leave=False, unit="image", delay=5)
 
 # %% ../../nbs/data/02_folders.ipynb #b8824ad0
-DECODER_VERSION = 3  # raise it when the same files should give other pixels
+DECODER_VERSION = 3  # raise it when a file gives other pixels, or is newly refused or accepted
 
 
 def file_hash(

@@ -275,7 +275,8 @@ def mean_and_std(
     "Mean and standard deviation of a score in per cent."
     mean, std, _ = group.mean_std_best(score)
     has_labels = group.mean_std_best(METRICS[0])[0] is not None
-    return number_or(mean, "not recorded" if has_labels else "no labels") + ("" if std is None else f"±{std:.1f}")
+    missing = "not recorded" if has_labels else "no labels"
+    return number_or(mean, missing) + ("" if std is None else f"±{std:.1f}")
 
 # %% ../../nbs/reproduction/05_tables.ipynb #0c0c9960
 def brace_seeds(

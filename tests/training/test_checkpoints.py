@@ -13,9 +13,8 @@ from functools import partial
 import pytest
 import torch
 from processes import FORK
+from small_run import CFG, IMAGES
 
-from mice.config import Config
-from mice.data.images import digits
 from mice.data.views import channel_stats
 from mice.training import checkpoints
 from mice.training.checkpoints import (
@@ -31,20 +30,6 @@ from mice.training.checkpoints import (
 )
 from mice.training.loop import Callback, MiCEModel, fit, init_run
 
-CFG = Config(
-    arch="small",
-    image_size=8,
-    views="affine",
-    n_clusters=3,
-    dim=8,
-    nu=64,
-    ema=0.9,
-    epochs=2,
-    batch_size=32,
-    warmup=1,
-    device="cpu",
-)
-IMAGES = digits(8).images[:100]
 SIGNALS = signal.SIGTERM, signal.SIGINT
 STOPPED = "stopped in epoch 1 after step 2 and saved: the same command resumes from there"
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small_run import CFG as SMALL
+from small_run import IMAGES
 
 from mice.clustering.estimator import MiCE, model_hash
 from mice.clustering.selection import Comparison, RunScores
-from mice.config import Config
-from mice.data.images import digits
 from mice.reproduction.two_stage import fit_moco
 from mice.training.checkpoints import Checkpointer, Terminated, manifests, read_checkpoint, write_checkpoint
 from mice.training.health import Health
@@ -30,20 +30,7 @@ HEALTH = dict(
 )
 FACTS = dict(images_hash="data", max_value="white")
 SCORES = dict(fresh_view="held_out")
-CFG = Config(
-    arch="small",
-    image_size=8,
-    views="affine",
-    n_clusters=3,
-    dim=8,
-    nu=64,
-    ema=0.9,
-    epochs=3,
-    batch_size=32,
-    warmup=1,
-    device="cpu",
-)
-IMAGES = digits(8).images[:100]
+CFG = replace(SMALL, epochs=3)
 
 
 def renamed(values: dict, names: dict) -> dict:

@@ -6,29 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_run import CFG, IMAGES
 from torch import Tensor
 
-from mice.config import Config
-from mice.data.images import digits
 from mice.data.views import channel_stats
 from mice.reproduction.two_stage import MoCoModel, extract_features
 from mice.training.checkpoints import Checkpointer
 from mice.training.loop import Callback, MiCEModel, Run, init_run, predict, train
 
-CFG = Config(
-    arch="small",
-    image_size=8,
-    views="affine",
-    n_clusters=3,
-    dim=8,
-    nu=64,
-    ema=0.9,
-    epochs=2,
-    batch_size=32,
-    warmup=1,
-    device="cpu",
-)
-IMAGES = digits(8).images[:100]
 STEPS = 3  # of an epoch
 
 

@@ -11,30 +11,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import small_run
 import torch
 from processes import environment, run_ranks, torchrun
 
-from mice.config import Config
 from mice.data.images import digits
 from mice.reproduction.two_stage import extract_features, fit_moco
 from mice.training import distributed
 from mice.training.checkpoints import Checkpointer, Terminated
 from mice.training.loop import Callback, fit, predict
 
-CFG = Config(
-    arch="small",
-    image_size=8,
-    views="affine",
-    n_clusters=3,
-    dim=8,
-    nu=128,
-    ema=0.9,
-    epochs=2,
-    batch_size=32,
-    lr=0.1,
-    warmup=1,
-    device="cpu",
-)
+CFG = replace(small_run.CFG, nu=128, lr=0.1)
 METHODS = dict(
     mice=(fit, CFG),
     moco=(fit_moco, CFG),
