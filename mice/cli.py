@@ -198,7 +198,7 @@ RESULT = [
         shell_complete=complete_folders,
         help="Folder for the result.  [default: NAME-clusters]",
     ),
-    click.Option(["--link", "sorting"], flag_value="link", help="Also make a folder of links for each."),
+    click.Option(["--link", "sorting"], flag_value="link", help="Also create a folder of links for each."),
     click.Option(["--copy", "sorting"], flag_value="copy", help="Also make a folder of copies for each."),
     click.Option(
         ["--embeddings"],
@@ -441,7 +441,7 @@ def evaluate_command(path, dataset, data, device, out):
 @click.option("--quick", is_flag=True, help="Small sizes, a minute: a trial, not a result.")
 @click.option("--out", type=PATH, default="bench", show_default=True, help="Folder for the table.")
 def bench_command(out, quick, device, threads):
-    "Measure ceilings, a plain step, each improvement, objective and views alone; print and save a table."
+    "Measure this machine's limits, a plain training step, and what each improvement gains; print and save a table."
     from mice.reproduction.bench import bench, bench_text
 
     with command_output():

@@ -42,7 +42,7 @@ CHOICES = dict(
 # %% ../nbs/training/01_config.ipynb #c0000008
 @dataclass(frozen=True)
 class Config:
-    "Everything a run depends on besides the images; wrong types, names and values raise ValueError."
+    "Everything a run depends on besides the images; values of a wrong type or out of range raise ValueError."
 
     # data: which images, and how the network sees them
     dataset: str = "digits"  # a name such as 'cifar10', an .npz file, or a folder of images

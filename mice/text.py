@@ -46,7 +46,8 @@ def format_duration(
     for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {name}"
-    return f"{seconds:.0f} seconds" if seconds >= 1.5 else f"{seconds:.2g} seconds"
+    number = f"{seconds:.0f}" if seconds >= 1.5 else f"{seconds:.2g}"
+    return f"{number} second" if number == "1" else f"{number} seconds"
 
 # %% ../nbs/shared/text.ipynb #751aebe2
 def text_table(

@@ -35,7 +35,7 @@ from ..core import key, require
 from ..data.folders import DecodedImages, first_few_files, skipped_files
 from ..data.inputs import Source, opened, with_channels
 from ..files import array_hash, as_value_error, atomic_write
-from ..text import format_duration
+from ..text import format_duration, plural
 from ..training import loop
 from ..training.checkpoints import Checkpointer, raw_bits
 from ..training.engine import cpu_threads, find_device, prepare_model
@@ -151,8 +151,8 @@ def estimator_config(
     device = find_device(est.device)
     K = given["n_clusters"]
     require(isinstance(K, int) and K >= 2, f"n_clusters must be a whole number of at least 2, got {K!r}")
-    M, wanted = source.count, f"at least n_clusters = {K} images that can be read are needed"
-    require(M >= K, f"{wanted}, got {M}")
+    M = source.count
+    require(M >= K, f"at least n_clusters = {K} images are needed, got {M}")
     chosen = {}
     if est.preset == "auto":
         fixed = {name: given.get(name) for name in ("epochs", "image_size")}
@@ -194,7 +194,7 @@ def describe_plan(
     cost = forecast(images, cfg)
     size = " x ".join(map(str, shape))
     network = f"{cfg.arch} trunk at {cfg.image_size} px, {cfg.views} views, queue {cfg.nu}"
-    length = f"{cfg.epochs} epochs of {steps} steps of {cfg.batch_size} images"
+    length = f"{plural(cfg.epochs, 'epoch')} of {plural(steps, 'step')} of {cfg.batch_size} images"
     text = f"MiCE: {M} images of {size}, {cfg.n_clusters} clusters: {network}, {length}\n"
     text += f"MiCE: {describe_forecast(cost, cfg)}"
     if starts > 1:
@@ -227,6 +227,9 @@ def prepare_fit(
     ks = candidates(est.n_clusters, source.count)
     cfgs = [estimator_config(est, source, seeds[0], n_clusters=K) for K in reversed(ks)]
     read = source.read(cfgs[0].image_size)
+    count = len(read.images)
+    wanted = f"at least n_clusters = {ks[-1]} images that can be read are needed, got {count}"
+    require(count >= ks[-1], "; ".join([wanted, *map(str, read.notes)]))
     if read.names:
         source = replace(source, items=read.names)  # settings follow from what can be read
     images = with_channels(read.images, len(est.model_.mean) if is_warm_start(est) else source.shape[-1])

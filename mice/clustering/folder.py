@@ -347,7 +347,7 @@ def plan_lines(
     skipped = f", {plural(facts['skipped'], 'file')} skipped" if facts["skipped"] else ""
     cost = f"about {format_duration(facts['seconds'])} and {format_bytes(facts['host_bytes'])} of memory"
     images = f"{facts['images']:,} images{skipped}"
-    return [*lines, "", f"{images}: {cost} on {facts['device']}; nothing was written"]
+    return [*lines, "", f"{images}: {cost} on {facts['device']}; no result was written"]
 
 # %% ../../nbs/clustering/05_folder.ipynb #abaa576f
 def open_model(

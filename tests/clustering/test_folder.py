@@ -265,7 +265,7 @@ def test_a_dry_run_writes_nothing(photos, tmp_path):
     facts = json.loads(printed)
     assert code == 0 and facts["settings"]["epochs"] == 7 and facts["images"] == 24 and facts["seconds"] > 0
     code, printed, _ = call(*words)
-    assert code == 0 and "24 images, 1 file skipped" in printed and "nothing was written" in printed
+    assert code == 0 and "24 images, 1 file skipped" in printed and "no result was written" in printed
     assert not (tmp_path / "out").exists()
 
 
@@ -297,11 +297,11 @@ def places(tmp_path, monkeypatch, done) -> dict:
         ("cluster nowhere", "must be a folder of images, there is none"),
         ("cluster one/1.png", "must be a folder of images, got a file"),
         ("cluster RESULT", "was written by mice cluster"),
-        ("cluster one", "n_clusters = 3 images that can be read are needed, got 1"),
-        ("cluster one -k auto", "n_clusters = 4 images that can be read are needed, got 1"),
-        ("cluster half", "n_clusters = 3 images that can be read are needed, got 2"),
+        ("cluster one", "n_clusters = 3 images are needed, got 1"),
+        ("cluster one -k auto", "n_clusters = 4 images are needed, got 1"),
+        ("cluster half", "3 images that can be read are needed, got 2; 2 of 4 files could not be read: 3.png"),
         ("cluster broken -k 2", "got none of 2 files"),
-        ("cluster ten -k 11", "n_clusters = 11 images that can be read are needed, got 10"),
+        ("cluster ten -k 11", "n_clusters = 11 images are needed, got 10"),
         ("cluster ten -k 1", "n_clusters must be a whole number of at least 2"),
         ("cluster ten -k 9..3", "got '9..3'"),
         ("cluster ten -o ten", "must be new, empty, or of an earlier run, got one with other files: 0.png"),
