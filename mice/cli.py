@@ -441,7 +441,7 @@ def evaluate_command(path, dataset, data, device, out):
 @click.option("--quick", is_flag=True, help="Small sizes, a minute: a trial, not a result.")
 @click.option("--out", type=PATH, default="bench", show_default=True, help="Folder for the table.")
 def bench_command(out, quick, device, threads):
-    "Measure this machine's limits, a plain training step, and what each improvement gains; print and save a table."
+    "Measure this machine's limits, a plain step, and what each improvement gains; print and save a table."
     from mice.reproduction.bench import bench, bench_text
 
     with command_output():

@@ -299,7 +299,7 @@ def places(tmp_path, monkeypatch, done) -> dict:
         ("cluster RESULT", "was written by mice cluster"),
         ("cluster one", "n_clusters = 3 images are needed, got 1"),
         ("cluster one -k auto", "n_clusters = 4 images are needed, got 1"),
-        ("cluster half", "3 images that can be read are needed, got 2; 2 of 4 files could not be read: 3.png"),
+        ("cluster half", "images that can be read are needed, got 2; 2 of 4 files could not be read: 3.png"),
         ("cluster broken -k 2", "got none of 2 files"),
         ("cluster ten -k 11", "n_clusters = 11 images are needed, got 10"),
         ("cluster ten -k 1", "n_clusters must be a whole number of at least 2"),
