@@ -190,7 +190,7 @@ def describe_plan(
 ) -> str:  # two lines
     "What was decided, and what it will cost."
     M = len(images)
-    steps = len(images) // cfg.batch_size
+    steps = M // cfg.batch_size
     cost = forecast(images, cfg)
     size = " x ".join(map(str, shape))
     network = f"{cfg.arch} trunk at {cfg.image_size} px, {cfg.views} views, queue {cfg.nu}"

@@ -121,6 +121,7 @@ def test_a_warm_start_keeps_the_model_and_takes_new_temperatures(model):
     torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
     assert (former.tau, former.kappa) == (2, 2), "the former model is left as it was"
     assert (warm.model_.tau, warm.model_.kappa) == (0.5, 3) == (warm.config_.tau, warm.config_.kappa)
+    assert warm.model_.loss_bounds(warm.config_) != former.loss_bounds(model.config_)
     cooler = pickle.loads(pickle.dumps(model)).set_params(warm_start=True, epochs=1, lr=1e-9).fit(FEW[:100])
     assert cooler.model_.tau == 2 and cooler.loss_curve_ != warm.loss_curve_
     with pytest.raises(ValueError, match="nu must stay"):

@@ -57,11 +57,14 @@ def interrupt(out: Path, number: int) -> tuple[int, str]:
 
 
 def test_stopped_killed_and_damaged(tmp_path):
-    returned, printed = interrupt(tmp_path, signal.SIGINT)
-    last = printed.strip().splitlines()[-1]
-    assert returned == 130 and re.fullmatch(STOPPED, last) and "Traceback" not in printed, printed
+    place = None
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        returned, printed = interrupt(tmp_path, number)
+        last = printed.strip().splitlines()[-1]
+        assert returned == code and re.fullmatch(STOPPED, last) and "Traceback" not in printed, printed
+        assert place is None or place in printed, "not a step is lost"
+        place = "resumed from epoch {}, step {}".format(*re.fullmatch(STOPPED, last).groups())
     returned, printed = interrupt(tmp_path, signal.SIGKILL)
-    place = "resumed from epoch {}, step {}".format(*re.fullmatch(STOPPED, last).groups())
     assert returned == -signal.SIGKILL and place in printed, "not a step is lost"
 
     newest = saved(tmp_path)[-1].with_suffix(".safetensors")
