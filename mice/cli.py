@@ -221,6 +221,11 @@ TRAINING = [
         help="Resize the images to this height and width.  [default: depends on their size]",
     ),
     click.Option(
+        ["--trunk"],
+        metavar="NAME",
+        help="The network below the clusters, such as small.  [default: efficientnet_lite0 for photographs]",
+    ),
+    click.Option(
         ["--n-init", "n_init"],
         type=int,
         metavar="N",
@@ -290,7 +295,7 @@ class ClusterCommand(click.Command):
         *RUNNING,
     ],
 )
-def cluster_command(folder, out, k, epochs, size, settings, as_json, dry_run, quiet, **options):
+def cluster_command(folder, out, k, epochs, size, trunk, settings, as_json, dry_run, quiet, **options):
     """Sort the images below FOLDER into clusters.
 
     Writes a table (clusters.csv), an HTML report (report.html) and the model; FOLDER is not changed.
@@ -302,7 +307,8 @@ def cluster_command(folder, out, k, epochs, size, settings, as_json, dry_run, qu
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         advice = "to train on several, give the folder to mice reproduce: --set dataset=FOLDER"
         raise ValueError(f"mice cluster is one process; {advice}")
-    given = {name: value for name, value in dict(epochs=epochs, image_size=size).items() if value is not None}
+    named = dict(epochs=epochs, image_size=size, trunk=trunk)
+    given = {name: value for name, value in named.items() if value is not None}
     number = int(k) if k.isdecimal() else k
     options = command.ClusterOptions(number, settings=parse_settings(settings) | given, **options)
     out = out or Path(f"{folder.resolve().name}-clusters")

@@ -35,7 +35,7 @@ from ..training import distributed
 from ..training.forecast import forecast
 from ..training.loop import Prediction, flat_embeddings
 from . import outputs
-from .estimator import MODEL_FORMAT, TUNED, FitData, MiCE, prepare_fit
+from .estimator import CONFIG_NAME, MODEL_FORMAT, TUNED, FitData, MiCE, prepare_fit
 from .outputs import count_clusters, count_lines, table_rows
 from .selection import comparison_table, draw_scores, recommend
 
@@ -63,7 +63,9 @@ def make_estimator(
     verbose: bool = False,  # print the plan and its cost, and show a progress bar
 ) -> MiCE:
     "An estimator before it has seen an image."
-    for name in options.settings:
+    parameter = {field: name for name, field in CONFIG_NAME.items()}
+    settings = {parameter.get(name, name): value for name, value in options.settings.items()}
+    for name in settings:
         near = difflib.get_close_matches(name, TUNED, n=1)
         hint = f": did you mean {near[0]!r}?" if near else f"; there are {', '.join(TUNED)}"
         require(name in TUNED, f"unknown setting {name!r}{hint}")
@@ -76,7 +78,7 @@ def make_estimator(
         device=options.device,
         threads=options.threads,
         verbose=verbose,
-        **options.settings,
+        **settings,
     )
 
 # %% ../../nbs/clustering/05_folder.ipynb #010c8fd6
@@ -343,7 +345,8 @@ def plan_lines(
 ) -> list[str]:
     "The same as text."
     lines = [f"{'clusters':12} {', '.join(map(str, facts['n_clusters']))}"]
-    lines += [f"{name:12} {facts['settings'][name]}" for name in (*TUNED, "seed")]
+    for name in (*TUNED, "seed"):
+        lines.append(f"{name:12} {facts['settings'][CONFIG_NAME.get(name, name)]}")
     skipped = f", {plural(facts['skipped'], 'file')} skipped" if facts["skipped"] else ""
     cost = f"about {format_duration(facts['seconds'])} and {format_bytes(facts['host_bytes'])} of memory"
     images = f"{facts['images']:,} images{skipped}"
@@ -376,7 +379,7 @@ def predict_folder(
     source = opened(folder, threads=threads, skip=RUN_FILE)
     ranks = distributed.world_size()
     S = est.config_.image_size
-    C = len(est.model_.mean)
+    C = est.channels_
     wanted = f"{folder} must hold an image for each of {ranks} processes"
     require(source.count >= ranks, f"{wanted}, got {source.count}")
     read = source.part(distributed.shard_slice(source.count)).read(S)
@@ -405,7 +408,7 @@ def model_info(
         mice=__version__,
         n_clusters=cfg.n_clusters,
         image_size=cfg.image_size,
-        channels=len(est.model_.mean),
+        channels=est.channels_,
         images=len(rows),
         choice=choice_text(est),
         epochs=est.n_iter_,
@@ -432,7 +435,8 @@ def model_info_lines(
         trained = f"{plural(facts['epochs'], 'epoch')} on {facts['images']:,} images"
         trained += f" in {format_duration(facts['seconds'])}, loss {facts['loss']:.3f}"
     shown = [name for name in (*TUNED, "seed") if name not in ("image_size", "epochs")]
-    settings = ", ".join(f"{name} {facts['settings'][name]}" for name in shown)
+    values = facts["settings"]
+    settings = ", ".join(f"{name} {values[CONFIG_NAME.get(name, name)]}" for name in shown)
     lines = [
         f"model     {facts['model']}, {size}",
         f"clusters  {facts['n_clusters']}, of {kind} at {side} x {side} pixels",

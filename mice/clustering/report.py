@@ -37,7 +37,7 @@ from ..metrics import most_and_least_certain
 from ..text import plural, printable
 from ..training.health import one_line
 from ..training.loop import Prediction, flat_embeddings
-from .estimator import MiCE
+from .estimator import MiCE, describe_trunk
 
 # %% ../../nbs/clustering/04_report.ipynb #e767e08e
 class Findings(NamedTuple):
@@ -68,7 +68,7 @@ def describe_settings(
     steps = f"{plural(est.n_iter_, 'epoch')} in batches of {cfg.batch_size}"
     return {
         "Images": f"{M:,}, seen at {cfg.image_size} x {cfg.image_size} pixels through {cfg.views} views",
-        "Method": f"MiCE with {cfg.n_clusters} clusters, {cfg.arch} trunk, embeddings of size {cfg.dim}",
+        "Method": f"MiCE with {cfg.n_clusters} clusters, {describe_trunk(cfg)}, embeddings of size {cfg.dim}",
         "Training": f"{steps}, peak learning rate {cfg.lr:g}, seed {cfg.seed}",
         "Model": f"tau {cfg.tau:g}, kappa {cfg.kappa:g}, queue of {cfg.nu:,}, EMA {cfg.ema:g}",
         "Time": f"{minutes:.1f} minutes on {here['device']}, {threads}",

@@ -19,18 +19,19 @@ import torch
 from scipy.cluster.hierarchy import cut_tree, dendrogram, linkage
 from scipy.spatial.distance import squareform
 from sklearn.metrics import adjusted_rand_score, silhouette_score
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import Config
 from ..core import generator, require
-from ..data.views import augment, standardise
+from ..data.views import augment, render, sample_cached_views, standardise
 from ..elbo import log_marginal
 from ..encoders import eval_mode
 from ..experts import log_partition, log_phi
 from ..metrics import as_integers
 from ..text import text_table
 from ..training.engine import cpu_threads
+from ..training.features import learns_from_features, training_inputs
 from ..training.loop import Epoch, MiCEModel, fit, predict
 
 # %% ../../nbs/clustering/02_selection.ipynb #9208a638
@@ -55,14 +56,19 @@ def fresh_view_likelihood(
     cfg: Config,
     draws: int = 3,  # views of each kind; the log-likelihood is averaged over them
     sample_size: int = 1024,  # images at most
+    trunk: nn.Module | None = None,  # a frozen one of your own; None: the one that `cfg` names
 ) -> np.ndarray:  # (n,) nats, n = min(M, sample_size); a guess gives -log n
     "Log-likelihood of each image's identity among all of them, in views that were never drawn in training."
     key = "held out"  # names the random draws; training uses other names
     sample = torch.randperm(len(images), generator=generator(key))[:sample_size]
-    x = torch.from_numpy(images)[sample].to(model.mean.device)  # (n, S, S, C)
+    x = torch.from_numpy(training_inputs(images[sample.numpy()], cfg, trunk))
+    x = x.to(model.mean.device)  # (n, S, S, C), or features (n, V, F)
 
-    def views(draw: int, i: int) -> tuple[Tensor, ...]:  # (N, C, S, S) each
-        view = augment(x, key, draw, i, views=cfg.views)
+    def views(draw: int, i: int) -> tuple[Tensor, ...]:  # (N, C, S, S) each, or (N, F)
+        if learns_from_features(cfg):
+            view = render(x, sample_cached_views(x.shape, 3, key, draw)[i - 1])
+        else:
+            view = augment(x, key, draw, i, views=cfg.views)
         return standardise(view, model.mean, model.std).split(cfg.batch_size)
 
     results = []

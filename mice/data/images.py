@@ -48,8 +48,10 @@ class Images(NamedTuple):
 def check_images(
     images: np.ndarray,  # what should be a dataset
 ) -> np.ndarray:  # the same, with a channel axis if it had none
-    "Raise ValueError unless `images` is a non-empty uint8 array (M, H, W[, C]) with 1 or 3 channels."
+    "ValueError unless these are uint8 images (M, H, W[, C]), C 1 or 3, or float16 features (M, V, F)."
     is_array = isinstance(images, np.ndarray)
+    if is_array and images.dtype == np.float16 and images.ndim == 3 and min(images.shape) > 0:
+        return images
     got = images.dtype if is_array else type(images).__name__
     require(is_array and images.dtype == np.uint8, f"images must be a uint8 array, got {got}")
     images = images[..., None] if images.ndim == 3 else images

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GREY_MODES', 'to_bytes', 'to_channels_last', 'Source', 'typical_shape', 'sample_headers', 'file_source',
-           'folder_source', 'array_source', 'picture_source', 'item_source', 'opened', 'to_grey', 'with_channels']
+           'folder_source', 'array_source', 'picture_source', 'gathered_views', 'feature_source', 'item_source',
+           'opened', 'to_grey', 'with_channels']
 
 # %% ../../nbs/data/03_inputs.ipynb #3be0d158
 import math
@@ -15,11 +16,12 @@ from os.path import abspath, commonpath
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..core import require
+from ..core import require, unit
 from .cache import allocate, chunks
 from .folders import DecodedImages, check_file, find_images, read_images, to_rgb, to_square
 from .images import Note, resize
@@ -200,6 +202,47 @@ def picture_source(
         return DecodedImages(np.stack(squares), [], ())
 
     return Source(pictures, decode, typical_shape(pictures))
+
+# %% ../../nbs/data/03_inputs.ipynb #a2200007
+def gathered_views(
+    rows: np.ndarray,  # (R, F)
+    groups: np.ndarray,  # (R,) rows of one group are views of one image
+) -> np.ndarray:  # (M, V, F), images in the order of their first row; V is the size of the largest group
+    "The views of each image side by side; where there are fewer, they are repeated."
+    _, first, number, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+    require(sizes.min() >= 2, f"every group must hold at least 2 views of an image, got {sizes.min()}")
+    members = np.split(np.argsort(number, kind="stable"), np.cumsum(sizes)[:-1])  # rows of each group
+    return np.stack([rows[np.resize(members[i], sizes.max())] for i in np.argsort(first)])
+
+
+def feature_source(
+    X: object,  # features (M, V, F) of V views of each image; or (R, F) with groups
+    groups: object = None,  # (R,) rows of one group are views of one image
+    single: bool = False,  # for predictions: also (M, F), one row per image
+) -> Source:
+    "Features that were computed elsewhere, as unit rows; the first view counts as the plain image."
+    x = np.asarray(X.detach().cpu() if isinstance(X, Tensor) else X)
+    if groups is not None:
+        fits = x.ndim == 2 and np.shape(groups) == (len(x),)
+        require(fits, f"groups must name the image of each row of features (R, F), got {np.shape(groups)} for {x.shape}")
+        x = gathered_views(x, np.asarray(groups))
+    if single and x.ndim == 2:
+        x = x[:, None]
+    hint = ""
+    if x.ndim == 2 or x.ndim == 3 and x.shape[1] < 2:
+        hint = ": MiCE learns what several views of an image share; with one it is no better than k-means"
+    fits = x.ndim == 3 and min(x.shape) > 0 and x.dtype.kind == "f" and (single or x.shape[1] >= 2)
+    require(fits, f"X must be features (M, V, F) of V >= 2 views, in floats, got {x.dtype} {x.shape}{hint}")
+    features = np.empty(x.shape, np.float16)
+    for part in chunks(x):
+        bad = int((~np.isfinite(x[part])).sum())
+        require(bad == 0, f"features must be finite, got {bad} NaN or infinite values")
+        features[part] = unit(torch.from_numpy(np.asarray(x[part], np.float32))).numpy()
+
+    def decode(rows, size):
+        return DecodedImages(rows, [], ())
+
+    return Source(features, decode, features.shape[1:])
 
 # %% ../../nbs/data/03_inputs.ipynb #9ce56081
 def item_source(

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['HANDWRITING', 'Strength', 'affine_matrices', 'to_float', 'warp', 'AffineParams', 'sample_affine_params',
            'apply_affine', 'ColourParams', 'sample_crop_params', 'crop_coordinates', 'crop_and_flip', 'luma', 'blend_',
-           'shift_hue_', 'apply_colour', 'sample_colour_params', 'sample_params', 'render', 'augment', 'channel_stats',
-           'standardise', 'standardised_batches']
+           'shift_hue_', 'apply_colour', 'sample_colour_params', 'sample_params', 'CachedView', 'sample_cached_views',
+           'sample_step_views', 'render', 'augment', 'feature_stats', 'channel_stats', 'standardise',
+           'standardised_batches']
 
 # %% ../../nbs/data/06_views.ipynb #b00a298d
 import math
@@ -58,9 +59,11 @@ def affine_matrices(
 
 # %% ../../nbs/data/06_views.ipynb #4a215552
 def to_float(
-    images: Tensor,  # (N, H, W, C) uint8
-) -> Tensor:  # (N, C, H, W) float32 of the range [0, 1]
-    "The image as it is, without augmentation."
+    images: Tensor,  # (N, H, W, C) uint8; or features of their views, (N, V, F)
+) -> Tensor:  # (N, C, H, W) float32 of the range [0, 1]; or (N, F)
+    "The image as it is, without augmentation; of features the first view."
+    if images.is_floating_point():
+        return images[:, 0].float()
     return images.permute(0, 3, 1, 2).float() / 255
 
 
@@ -121,12 +124,13 @@ def sample_crop_params(
     H: int,  # rows of an image
     W: int,  # columns of an image
     rng: torch.Generator,  # where the randomness comes from
+    crop_scale: float = 0.2,  # smallest share of the image's area
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # top, left, height and width, (N,) int64 each
-    "A rectangle inside each image: 20 to 100 % of its area, 3:4 to 4:3, the first of ten attempts that fits."
+    "A rectangle inside each image, from 3:4 to 4:3: the first of ten attempts that fits."
     def rand(*shape):
         return torch.rand(*shape, generator=rng, device=rng.device)
 
-    area = H * W * (0.2 + 0.8 * rand(N, 10))  # (N, 10)
+    area = H * W * (crop_scale + (1 - crop_scale) * rand(N, 10))  # (N, 10)
     ratio = ((2 * rand(N, 10) - 1) * math.log(4 / 3)).exp()
     height = pad((area / ratio).sqrt().round(), (0, 1), value=min(H, round(W * 4 / 3)))  # (N, 11)
     width = pad((area * ratio).sqrt().round(), (0, 1), value=min(W, round(H * 4 / 3)))
@@ -230,15 +234,18 @@ def sample_colour_params(
     H: int,  # rows of an image
     W: int,  # columns of an image
     rng: torch.Generator,  # where the randomness comes from
+    crop_scale: float = 0.2,  # smallest share of the image's area
+    mild: bool = False,  # less hue, and never grey: for colours that matter
 ) -> ColourParams:
     "Everything random about one view of each image; every image has its own."
+    hue_limit, grey_share = (0.1, 0.0) if mild else (0.4, 0.2)  # turns; of the images
     def rand(*shape):
         return torch.rand(*shape, generator=rng, device=rng.device)
 
-    crop = sample_crop_params(N, H, W, rng)
-    grey, flip = rand(N) < 0.2, rand(N) < 0.5
+    crop = sample_crop_params(N, H, W, rng, crop_scale)
+    grey, flip = rand(N) < grey_share, rand(N) < 0.5
     brightness, contrast, saturation = 0.6 + 0.8 * rand(3, N)
-    hue = 0.8 * rand(N) - 0.4
+    hue = 2 * hue_limit * rand(N) - hue_limit
     order = rand(N, 4).argsort(1)
     return ColourParams(*crop, grey, flip, brightness, contrast, saturation, hue, order)
 
@@ -246,8 +253,9 @@ def sample_colour_params(
 def sample_params(
     shape: tuple,  # (N, H, W, C) of the images
     *parts: int | str,  # what the randomness belongs to, such as (seed, 'view 1', epoch, step)
-    views: str = "colour",  # 'colour' for photographs, 'affine' for handwriting
+    views: str = "colour",  # 'colour' for photographs, 'mild' likewise, 'affine' for handwriting
     strength: Strength = HANDWRITING,  # of affine views
+    crop_scale: float = 0.2,  # of the others, smallest share of the image's area
 ) -> ColourParams | AffineParams:  # on the CPU
     "The random parameters of one view of each image; same key, same parameters."
     N, H, W, C = shape
@@ -257,14 +265,47 @@ def sample_params(
     rng = generator(*parts)
     if views == "affine":
         return sample_affine_params((N, C, H, W), rng, strength)
-    return sample_colour_params(N, H, W, rng)
+    return sample_colour_params(N, H, W, rng, crop_scale, mild=views == "mild")
+
+
+class CachedView(NamedTuple):
+    "Which of its views an image shows, where all of them were turned into features before training."
+
+    number: Tensor  # (N,) int64
+
+
+def sample_cached_views(
+    shape: tuple,  # (N, V, F) of the features
+    count: int,  # views of each image in a step
+    *parts: int | str,  # what the randomness belongs to, such as (seed, 'views', epoch, step)
+) -> tuple[CachedView, ...]:  # `count` of them, on the CPU
+    "Different views of each image, as long as there are that many; same key, same views."
+    N, V, _ = shape
+    order = torch.rand(N, V, generator=generator(*parts)).argsort(1)  # (N, V)
+    return tuple(CachedView(order[:, i % V]) for i in range(count))
+
+
+def sample_step_views(
+    shape: tuple,  # (N, H, W, C) of the images, or (N, V, F) of features
+    count: int,  # views of each image
+    seed: int,
+    epoch: int,
+    step: int,  # within the epoch
+    **how: str | float,  # `views` and `crop_scale` of `sample_params`
+) -> tuple:  # of `count` parameters, on the CPU
+    "The random parameters of all views of a training step."
+    if len(shape) == 3:
+        return sample_cached_views(shape, count, seed, "views", epoch, step)
+    return tuple(sample_params(shape, seed, f"view {i}", epoch, step, **how) for i in range(1, count + 1))
 
 
 def render(
-    images: Tensor,  # (N, H, W, C) uint8
-    params: ColourParams | AffineParams,  # on the same device
-) -> Tensor:  # (N, C, H, W) float32, black = 0, white = 1
+    images: Tensor,  # (N, H, W, C) uint8; or features of their views, (N, V, F)
+    params: ColourParams | AffineParams | CachedView,  # on the same device
+) -> Tensor:  # (N, C, H, W) float32, black = 0, white = 1; or (N, F)
     "The views with these parameters: arithmetic only, nothing random."
+    if isinstance(params, CachedView):
+        return images[torch.arange(len(images), device=images.device), params.number].float()
     apply = apply_affine if isinstance(params, AffineParams) else apply_colour
     return apply(to_float(images), params)
 
@@ -282,10 +323,21 @@ def augment(
     return render(images, type(params)(*(x.to(images.device) for x in params)))
 
 # %% ../../nbs/data/06_views.ipynb #02b8fc4f
+def feature_stats(
+    features: np.ndarray,  # (M, V, F) float16
+) -> tuple[Tensor, Tensor]:  # mean of each feature, and ones; (F,) each
+    "The numbers that centre features: what all images share tells none of them apart."
+    total = sum(features[rows].sum((0, 1), dtype=np.float64) for rows in chunks(features))  # (F,)
+    mean = torch.from_numpy(total / (features.shape[0] * features.shape[1])).float()
+    return mean, torch.ones_like(mean)
+
+
 def channel_stats(
-    images: np.ndarray,  # (M, H, W, C) uint8
+    images: np.ndarray,  # (M, H, W, C) uint8; or features of their views, (M, V, F) float16
 ) -> tuple[Tensor, Tensor]:  # mean and standard deviation of each channel, (C,) each, of the range [0, 1]
     "The numbers that standardise the dataset; a constant channel gets a deviation of 1."
+    if images.ndim == 3:
+        return feature_stats(images)
     M, H, W, C = images.shape
     histogram = np.zeros((C, 256), np.int64)
     for rows in chunks(images):  # they may be larger than the memory
@@ -298,20 +350,21 @@ def channel_stats(
 
 
 def standardise(
-    x: Tensor,  # (N, C, H, W) of the range [0, 1]
+    x: Tensor,  # (N, C, H, W) of the range [0, 1]; or features (N, F)
     mean: Tensor,  # (C,)
     std: Tensor,  # (C,)
-) -> Tensor:  # (N, C, H, W)
+) -> Tensor:  # of the same shape
     "Centre and scale each channel."
-    return (x - mean[:, None, None]) / std[:, None, None]
+    channel = (-1, *(1 for _ in x.shape[2:]))
+    return (x - mean.view(channel)) / std.view(channel)
 
 
 def standardised_batches(
-    images: Tensor,  # (M, H, W, C) uint8, anywhere
+    images: Tensor,  # (M, H, W, C) uint8, anywhere; or features of their views, (M, V, F)
     mean: Tensor,  # (C,)
     std: Tensor,  # (C,)
     batch: int,  # images at once
-) -> Iterator[Tensor]:  # (N, C, H, W) each, where `mean` is
-    "The images as they are, without augmentation, standardised."
+) -> Iterator[Tensor]:  # (N, C, H, W) each, where `mean` is; or (N, F)
+    "The images as they are, without augmentation, standardised; of features the first view."
     for part in images.split(batch):
         yield standardise(to_float(part.to(mean.device)), mean, std)

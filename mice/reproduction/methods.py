@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from sklearn.cluster import KMeans
 
 from ..config import Config, config_from
 from ..data.datasets import load_dataset
-from ..data.views import channel_stats
+from ..data.views import channel_stats, standardise
 from ..files import atomic_write
 from ..training import loop
 from ..training.checkpoints import Checkpointer
 from ..training.distributed import process_group
 from ..training.engine import cpu_threads
+from ..training.features import are_features, prediction_inputs, training_inputs
 from ..training.forecast import describe_forecast, forecast
 from ..training.health import clustering_diagnostics
 from ..training.loop import Epoch, MiCEModel, Run, StudentTeacher, flat_embeddings, predict
@@ -88,8 +90,10 @@ def cluster_by_pixels(
     images: np.ndarray,  # (M, H, W, C) uint8, those to cluster
     cfg: Config,
 ) -> Clustering:
-    "Lloyd's k-means on the pixels as they are."
+    "Lloyd's k-means on the pixels as they are, or on the features of a frozen trunk."
     def flat(x):
+        if are_features(x):
+            return standardise(torch.from_numpy(x[:, 0]).float(), *channel_stats(fit_images)).numpy()  # (M, F)
         return x.reshape(len(x), -1).astype(np.float32) / 255  # (M, H*W*C)
 
     with cpu_threads(cfg.threads):
@@ -165,6 +169,9 @@ def run_method(
 ) -> list[Epoch]:  # the history, empty if the method does not train
     "Run the method `cfg` names."
     method = METHODS[cfg.method]
+    same = images is fit_images
+    fit_images = training_inputs(fit_images, cfg, progress=progress)
+    images = fit_images if same else prediction_inputs(images, cfg)
 
     def cluster(model):
         return method.cluster(model, fit_images, images, cfg)
@@ -172,7 +179,7 @@ def run_method(
     if method.model is None:
         keep(0, cluster(None))
         return []
-    model = method.model(cfg, *channel_stats(fit_images))
+    model = loop.new_model(method.model, fit_images, cfg)
     _, history = loop.train(model, fit_images, cfg, [Stages(cluster, keep), *callbacks], progress)
     return history
 

@@ -12,19 +12,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from ..attention import QueueLogSumExp
 from ..config import Config
 from ..core import check_finite, check_positive, check_shapes, generator, require, unit
 from ..data.images import check_images
-from ..data.views import channel_stats, standardised_batches
+from ..data.views import standardised_batches
 from ..elbo import loss_bounds
 from ..encoders import HeadedTrunk, eval_mode, seeded_init
 from ..normalizer import Queue, negatives
 from ..training import distributed
-from ..training.loop import Callback, Epoch, StudentTeacher, train
+from ..training.features import prediction_inputs, training_inputs
+from ..training.loop import Callback, Epoch, StudentTeacher, new_model, train
+from ..training.trunks import trunk_under_heads
 
 # %% ../../nbs/reproduction/02_two_stage.ipynb #847b0788
 def info_nce(
@@ -50,9 +52,10 @@ class MoCoModel(StudentTeacher):
         cfg: Config,
         mean: Tensor,  # (C,) of the images
         std: Tensor,  # (C,) of the images
+        trunk: nn.Module | None = None,  # from images to features; the one that `cfg` names if None
     ):
         with seeded_init(cfg.seed):
-            student = HeadedTrunk(cfg.arch, 1, cfg.dim, len(mean))  # f
+            student = HeadedTrunk(trunk_under_heads(cfg, trunk), 1, cfg.dim, len(mean))  # f
         super().__init__(cfg, student, Queue(cfg.nu, 1, cfg.dim, cfg.seed), mean, std)
 
     @staticmethod
@@ -74,14 +77,14 @@ class MoCoModel(StudentTeacher):
 
 # %% ../../nbs/reproduction/02_two_stage.ipynb #b652230c
 def fit_moco(
-    images: np.ndarray,  # (M, H, W[, C]) uint8; labels are never passed in
+    images: np.ndarray,  # (M, H, W[, C]) uint8, or features (M, V, F) float16; labels are never passed in
     cfg: Config,
     callbacks: Sequence[Callback] = (),  # such as a `checkpoints.Checkpointer`
     progress: bool = True,  # show a progress bar
 ) -> tuple[MoCoModel, list[Epoch]]:  # the trained model, and its history
     "Train MoCo: embeddings without clusters."
-    images = check_images(images)
-    return train(MoCoModel(cfg, *channel_stats(images)), images, cfg, callbacks, progress)
+    inputs = training_inputs(check_images(images), cfg, progress=progress)
+    return train(new_model(MoCoModel, inputs, cfg), inputs, cfg, callbacks, progress)
 
 # %% ../../nbs/reproduction/02_two_stage.ipynb #ff7b7e38
 @torch.no_grad()
@@ -101,7 +104,7 @@ def extract_features(
             return unit(model.student.features(x))
         return getattr(model, kind).embed(x, slice(0, 1))[:, 0]
 
-    images = torch.from_numpy(check_images(images))
+    images = torch.from_numpy(prediction_inputs(check_images(images), model.cfg))
     mine = images[distributed.shard_slice(len(images))]
     with eval_mode(model):
         rows = [embed(x) for x in standardised_batches(mine, model.mean, model.std, batch)]

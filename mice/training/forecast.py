@@ -8,6 +8,7 @@ __all__ = ['OVERHEAD', 'FIXED_BYTES', 'MemoryTracker', 'CloneOnDeepcopy', 'StepM
            'measure_step_seconds', 'Forecast', 'forecast', 'describe_forecast']
 
 # %% ../../nbs/training/08_forecast.ipynb #bea66242
+import math
 import os
 import time
 import weakref
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,14 +28,14 @@ from torch.utils._pytree import tree_leaves
 from ..attention import kernel_agrees
 from ..config import Config
 from ..core import require
-from ..data.views import channel_stats
 from ..machine import free_memory, process_memory
 from ..text import format_bytes, format_duration
-from . import engine
+from . import engine, loop
 from .distributed import world_size
 from .engine import cpu_threads, find_device, resolve_compile, set_precision, use_bfloat16
+from .features import are_features, learns_from_features, measure_feature_seconds
 from .health import diagnose
-from .loop import MiCEModel, StudentTeacher, check_batch_size, init_run, make_batch, make_step_fn
+from .loop import MiCEModel, StudentTeacher, check_batch_size
 
 # %% ../../nbs/training/08_forecast.ipynb #41dedace
 class MemoryTracker(TorchDispatchMode):
@@ -96,18 +97,21 @@ def measure_step_memory(
     model_class: type[StudentTeacher],  # such as `MiCEModel`
     bfloat16: bool,  # precision of trunk and queue; off: float32
     fake: bool = False,  # on tensors without content
+    trunk: nn.Module | None = None,  # of your own; None: the one that `cfg` names
 ) -> StepMemory:
     "Two steps on a batch of zeros, counted."
     with MemoryTracker(fake) as tracker, CloneOnDeepcopy():
-        model = model_class(cfg, torch.zeros(channels), torch.ones(channels))
+        model = model_class(cfg, torch.zeros(channels), torch.ones(channels), trunk)
         set_precision(model, bfloat16)
         model.start_training(cfg)
-        step_fn = make_step_fn(model)
+        step_fn = loop.make_step_fn(model)
         state = tracker.peak = tracker.now
         N, S = cfg.batch_size, cfg.image_size
         images = torch.zeros(N, S, S, channels, dtype=torch.uint8)
+        if learns_from_features(cfg):
+            images = torch.zeros(N, 1 + cfg.cached_views, channels, dtype=torch.float16)
         for i in range(2):  # at the second step there are gradients of the first
-            step_fn(make_batch(images, torch.arange(N), model, 1, i))
+            step_fn(loop.make_batch(images, torch.arange(N), model, 1, i))
     return StepMemory(state, tracker.peak)
 
 # %% ../../nbs/training/08_forecast.ipynb #d2d50fb7
@@ -116,13 +120,14 @@ def step_memory(
     cfg: Config,
     channels: int = 3,  # of the images
     model_class: type[StudentTeacher] = MiCEModel,
+    trunk: nn.Module | None = None,  # of your own; None: the one that `cfg` names
 ) -> StepMemory:
     "The memory of a training step, without using it."
     require(world_size() == 1, "a forecast is made before the processes of a run join, or without them")
     bfloat16 = use_bfloat16(cfg, find_device(cfg.device))
     kernel_agrees(torch.device("cpu"), engine.queue_dtype(bfloat16), cfg.dim)
-    with FakeTensorMode():
-        return measure_step_memory(cfg, channels, model_class, bfloat16, fake=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return measure_step_memory(cfg, channels, model_class, bfloat16, True, trunk)
 
 # %% ../../nbs/training/08_forecast.ipynb #d6e0fbb6
 OVERHEAD, FIXED_BYTES = 1 / 6, 50e6  # on top of the tensors: a share of them, and bytes
@@ -144,9 +149,10 @@ def available_memory(
 
 # %% ../../nbs/training/08_forecast.ipynb #d4df3f2d
 def run_memory(
-    shape: tuple,  # (M, H, W, C) of the images
+    shape: tuple,  # (M, H, W, C) of the images, or (M, V, F) of features
     cfg: Config,
     model_class: type[StudentTeacher] = MiCEModel,
+    trunk: nn.Module | None = None,  # of your own; None: the one that `cfg` names
     images: int = 0,  # bytes of memory the images have yet to take
     prediction_copies: int = 2,  # times that the embeddings of all images are held at once
     checkpoint_copies: int = 3,  # times that a checkpoint holds the state; 0 if there are none
@@ -154,7 +160,7 @@ def run_memory(
     "The memory of a run, without a run."
     (M, *_, C), device = shape, find_device(cfg.device)
     N = cfg.batch_size // int(os.environ.get("WORLD_SIZE", 1))
-    state, peak = step_memory(replace(cfg, batch_size=N, epochs=1, seed=0), C, model_class)
+    state, peak = step_memory(replace(cfg, batch_size=N, epochs=1, seed=0), C, model_class, trunk)
     predictions = prediction_copies * 4 * M * cfg.n_clusters * (cfg.dim + 1)
     checkpoint = checkpoint_copies * state
     base = process_memory() + images
@@ -162,7 +168,7 @@ def run_memory(
     if device.type == "cpu":
         return Memory(base + max(training + checkpoint, state + predictions))
     probing = 0 if resolve_compile(cfg, device) == "off" else 2 * state
-    pixels = M * cfg.image_size**2 * C
+    pixels = 2 * math.prod(shape) if learns_from_features(cfg) else M * cfg.image_size**2 * C
     resident = pixels if pixels <= available_memory(device).device / 2 else 0
     return Memory(base + max(checkpoint, predictions), training + probing + resident)
 
@@ -229,14 +235,15 @@ def measure_step_seconds(
     cfg: Config,
     model_class: type[StudentTeacher] = MiCEModel,
     patience: float = 10.0,  # seconds; a first step longer than this is the only one
+    trunk: nn.Module | None = None,  # of your own; None: the one that `cfg` names
 ) -> tuple[float, float]:  # seconds of a step, and of the health check of an epoch
     "Measured on a discarded run with a tiny `lr`, so that an absurd one fails in the real run and not here."
     sample = images[: max(256, cfg.batch_size)]
     cfg = replace(cfg, lr=1e-9)
-    run = init_run(model_class(cfg, *channel_stats(sample)), sample, cfg)
+    run = loop.init_run(loop.new_model(model_class, sample, cfg, trunk), sample, cfg)
     data = torch.from_numpy(sample)
     index = torch.arange(cfg.batch_size)
-    step_fn = make_step_fn(run.model.train())
+    step_fn = loop.make_step_fn(run.model.train())
     seconds = []
 
     def enough():
@@ -247,7 +254,7 @@ def measure_step_seconds(
     with cpu_threads(cfg.threads):
         while not enough():
             start = time.perf_counter()
-            loss = step_fn(make_batch(data, index, run.model, 1, len(seconds)))
+            loss = step_fn(loop.make_batch(data, index, run.model, 1, len(seconds)))
             loss.item()  # waits for the device
             seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
@@ -264,20 +271,26 @@ class Forecast(NamedTuple):
     device_bytes: int  # at the worst moment, 0 without a GPU
     host_free: int  # bytes this process may have
     device_free: int
+    feature_seconds: float = 0.0  # the part of `seconds` that a frozen trunk takes, before the first epoch
 
 # %% ../../nbs/training/08_forecast.ipynb #5c5d8f4d
 def forecast(
-    images: np.ndarray,  # (M, H, W, C) uint8, at the size of the run
+    images: np.ndarray,  # (M, H, W, C) uint8, at the size of the run, or features of their views
     cfg: Config,
     model_class: type[StudentTeacher] = MiCEModel,
+    trunk: nn.Module | None = None,  # of your own; None: the one that `cfg` names
     **how: int,  # `prediction_copies` and `checkpoint_copies` of `run_memory`
 ) -> Forecast:
     "Time and memory of a run; ValueError if it cannot fit."
     check_batch_size(len(images), cfg)
-    need = check_fits_memory(images.shape, cfg, model_class=model_class, **how)
-    step, check = measure_step_seconds(images, cfg, model_class)
+    features = 0.0
+    if cfg.frozen and not are_features(images):
+        features, images = measure_feature_seconds(images, cfg, trunk)
+    need = check_fits_memory(images.shape, cfg, model_class=model_class, trunk=trunk, **how)
+    step, check = measure_step_seconds(images, cfg, model_class, trunk=trunk)
     epoch = len(images) // cfg.batch_size * step + check
-    return Forecast(epoch, cfg.epochs * epoch, *need, *available_memory(find_device(cfg.device)))
+    free = available_memory(find_device(cfg.device))
+    return Forecast(epoch, features + cfg.epochs * epoch, *need, *free, features)
 
 # %% ../../nbs/training/08_forecast.ipynb #9980049d
 def describe_forecast(
@@ -286,6 +299,8 @@ def describe_forecast(
 ) -> str:
     "A forecast in one line."
     total, epoch = format_duration(found.seconds), format_duration(found.seconds_per_epoch)
+    if found.feature_seconds:
+        total += f", of it {format_duration(found.feature_seconds)} for the features"
     memory = f"{format_bytes(found.host_bytes)} of {format_bytes(found.host_free)} memory"
     if found.device_free:
         memory += f"; {format_bytes(found.device_bytes)} of {format_bytes(found.device_free)} on the GPU"

@@ -6,7 +6,8 @@
 __all__ = ['learning_rate', 'batches', 'Render', 'StudentTeacher', 'MiCEModel', 'Batch', 'to_device', 'make_batch',
            'make_step_fn', 'Epoch', 'epoch_warnings', 'warnings_by_epoch', 'Run', 'init_run', 'Callback', 'Progress',
            'accelerate_step', 'nonfinite_error', 'check_losses_finite', 'record_epoch', 'train_epoch', 'calling_end',
-           'images_on_device', 'check_batch_size', 'train', 'fit', 'Prediction', 'predict', 'flat_embeddings']
+           'images_on_device', 'check_batch_size', 'train', 'new_model', 'fit', 'Prediction', 'predict',
+           'flat_embeddings']
 
 # %% ../../nbs/training/03_loop.ipynb #14313f3a
 import math
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from ..config import Config
 from ..core import generator, require, unit
 from ..data.images import check_images
-from ..data.views import channel_stats, render, sample_params, standardise, standardised_batches
+from ..data.views import channel_stats, render, sample_step_views, standardise, standardised_batches
 from ..elbo import Objective, loss_bounds, mice_objective
 from ..encoders import HeadedTrunk, eval_mode, make_teacher, new_student, update_teacher
 from ..files import array_hash
@@ -36,7 +37,9 @@ from ..gating import log_gate, simplex_prototypes, uniform_prototypes
 from ..mstep import PrototypeSum
 from ..normalizer import Queue
 from . import distributed, engine
+from .features import are_features, learns_from_features, prediction_inputs, training_inputs
 from .health import Health, diagnose, new_warnings, one_line
+from .trunks import as_trunk, pretrained_trunk, trunk_under_heads
 
 # %% ../../nbs/training/03_loop.ipynb #21fc896c
 def learning_rate(
@@ -150,9 +153,10 @@ class MiCEModel(StudentTeacher):
         cfg: Config,
         mean: Tensor,  # (C,) of the images
         std: Tensor,  # (C,) of the images
+        trunk: nn.Module | None = None,  # from images to features; the one that `cfg` names if None
     ):
         K, D, seed = cfg.n_clusters, cfg.dim, cfg.seed
-        student = new_student(cfg.arch, K, D, len(mean), seed)  # f, g
+        student = new_student(trunk_under_heads(cfg, trunk), K, D, len(mean), seed)  # f, g
         super().__init__(cfg, student, Queue(cfg.nu, K, D, seed), mean, std)
         self.mu = nn.Parameter(uniform_prototypes(K, D, seed, "mu"), requires_grad=cfg.mu_gradient)  # (K, D)
         omega = (
@@ -248,8 +252,8 @@ def make_batch(
     device = model.mean.device
     shape = (len(index), *images.shape[1:])
     params = []
-    for i in range(1, model.n_views + 1):
-        drawn = sample_params(shape, cfg.seed, f"view {i}", epoch, step, views=cfg.views)
+    how = dict(views=cfg.views, crop_scale=cfg.crop_scale)
+    for drawn in sample_step_views(shape, model.n_views, cfg.seed, epoch, step, **how):
         params.append(type(drawn)(*(to_device(distributed.shard(x), device) for x in drawn)))
     pixels = images[to_device(distributed.shard(index), images.device)]
     return Batch(pixels if pixels.device == device else to_device(pixels, device), tuple(params))
@@ -493,6 +497,9 @@ def train(
 ) -> tuple[StudentTeacher, list[Epoch]]:  # the trained model, and its history
     "The loop over the epochs, whatever a step is."
     images = check_images(images)
+    wanted = "features (M, V, F) float16" if learns_from_features(cfg) else "images uint8"
+    fits = are_features(images) == learns_from_features(cfg)
+    require(fits, f"arch {cfg.arch}, frozen {cfg.frozen} learns from {wanted}, got {images.dtype}")
     check_batch_size(len(images), cfg)
     run = init_run(model, images, cfg)
     same = distributed.world_size() == 1 or distributed.all_equal(run.images_hash.encode())
@@ -512,15 +519,32 @@ def train(
     return model.eval(), run.history
 
 # %% ../../nbs/training/03_loop.ipynb #c1754d9f
+def new_model(
+    kind: type[StudentTeacher],  # such as `MiCEModel`
+    images: np.ndarray,  # (M, H, W, C) uint8, or features of their views
+    cfg: Config,
+    trunk: nn.Module | None = None,  # of your own; None: the one that `cfg` names
+) -> StudentTeacher:
+    "A model before training, for images of this scale."
+    if not are_features(images):
+        trunk = trunk or pretrained_trunk(cfg.arch)
+    scale = channel_stats(images)
+    if trunk is not None and not are_features(images):
+        trunk = as_trunk(trunk)
+        scale = (torch.tensor(trunk.mean), torch.tensor(trunk.std)) if trunk.mean else scale
+    return kind(cfg, *scale, trunk)
+
+
 def fit(
-    images: np.ndarray,  # (M, H, W[, C]) uint8; labels are never passed in
+    images: np.ndarray,  # (M, H, W[, C]) uint8, or features (M, V, F) float16; labels are never passed in
     cfg: Config,
     callbacks: Sequence[Callback] = (),  # such as a `checkpoints.Checkpointer`
     progress: bool = True,  # show a progress bar
+    trunk: nn.Module | None = None,  # of your own; None: the one that `cfg` names
 ) -> tuple[MiCEModel, list[Epoch]]:  # the trained model, and its history
     "Train MiCE by EM."
-    images = check_images(images)
-    return train(MiCEModel(cfg, *channel_stats(images)), images, cfg, callbacks, progress)
+    inputs = training_inputs(check_images(images), cfg, trunk, progress)
+    return train(new_model(MiCEModel, inputs, cfg, trunk), inputs, cfg, callbacks, progress)
 
 # %% ../../nbs/training/03_loop.ipynb #14b788f7
 class Prediction(NamedTuple):
@@ -532,15 +556,16 @@ class Prediction(NamedTuple):
 @torch.no_grad()
 def predict(
     model: MiCEModel,  # its train/eval mode is left as it was
-    images: np.ndarray,  # (M, H, W[, C]) uint8
+    images: np.ndarray,  # (M, H, W[, C]) uint8, or features (M, V, F) float16
     cfg: Config,
     batch: int = 256,  # images at once; does not change the result
     together: bool = True,  # several processes share the images; off: each processes all it is given
+    trunk: nn.Module | None = None,  # a frozen one of your own; None: the one that `cfg` names
 ) -> Prediction:
     "Posterior over clusters and embeddings of each image, independent of order and batch unless `official`."
     parts = []
     queue = deepcopy(model.queue) if cfg.official else model.queue
-    images = torch.from_numpy(check_images(images))
+    images = torch.from_numpy(prediction_inputs(check_images(images), cfg, trunk))
     together = together and not cfg.official  # there, the order of all images matters
     mine = distributed.shard_slice(len(images)) if together else slice(0, len(images))
     with eval_mode(model):
