@@ -11,7 +11,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("reproduce", "tensorboard", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("photos", "reproduce", "tensorboard", "dev")}
 
 
 class WithReproduction(build_py):

@@ -101,16 +101,17 @@ def frozen_settings(
 ) -> dict:  # fields of a `Config` -> values
     "The settings that preset 'auto' chooses for the heads on a frozen trunk."
     batch_size = min(M, 64, max(8, power_of_two(M / 4)))
-    epochs = epochs or min(max(math.ceil(2000 / max(1, M // batch_size)), 5), 200)
+    steps = max(2000, 250 * K)  # in all
+    epochs = epochs or min(max(math.ceil(steps / max(1, M // batch_size)), 5), 500)
     return dict(
         views="mild",
-        crop_scale=0.3,
+        crop_scale=0.4,
         cached_views=6,
         tau=1.0,
-        kappa=1.0,
+        kappa=0.7,
         image_size=image_size or min(max(min(shape[:2]), 32), 128),
         dim=max(64, 1 << (K - 2).bit_length()),  # at least K - 1
-        nu=min(1024, power_of_two(0.6 * M)),
+        nu=min(512, power_of_two(0.6 * M)),
         ema=0.99,
         epochs=epochs,
         batch_size=batch_size,
@@ -246,7 +247,8 @@ def estimator_config(
     chosen = {}
     if est.preset == "auto":
         fixed = {name: given.get(name) for name in ("epochs", "image_size")}
-        if given.get("frozen") or given.get("arch") == "features":
+        frozen = est.config_.frozen if is_warm_start(est) else given.get("frozen")
+        if frozen or given_features(est):
             chosen = frozen_settings(M, source.shape, K, **fixed)
         else:
             chosen = auto_settings(M, source.shape, device.type, K, **fixed)
@@ -558,7 +560,10 @@ class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         "Images at the model's size and with its channels; or features."
         check_is_fitted(self, "model_")
         if given_features(self):
-            return feature_source(X, single=True).read(0)
+            read = feature_source(X, single=True).read(0)
+            F, found = len(self.model_.mean), read.images.shape[-1]
+            require(found == F, f"X must hold {F} features of each view, as in fit, got {found}")
+            return read
         read = opened(X, self.max_value_, self.threads).read(self.config_.image_size)
         return read._replace(images=with_channels(read.images, self.channels_))
 

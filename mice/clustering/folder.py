@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import __version__
+from ..config import ARCHS
 from ..core import require
 from ..data.folders import DecodedImages, skipped_files
 from ..data.images import Note
@@ -65,6 +66,8 @@ def make_estimator(
     "An estimator before it has seen an image."
     parameter = {field: name for name, field in CONFIG_NAME.items()}
     settings = {parameter.get(name, name): value for name, value in options.settings.items()}
+    trunk = settings.get("trunk", "small")
+    require(trunk in ARCHS, f"trunk must be one of {', '.join(ARCHS)}, got {trunk!r}")
     for name in settings:
         near = difflib.get_close_matches(name, TUNED, n=1)
         hint = f": did you mean {near[0]!r}?" if near else f"; there are {', '.join(TUNED)}"

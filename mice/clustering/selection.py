@@ -68,7 +68,7 @@ def fresh_view_likelihood(
         if learns_from_features(cfg):
             view = render(x, sample_cached_views(x.shape, 3, key, draw)[i - 1])
         else:
-            view = augment(x, key, draw, i, views=cfg.views)
+            view = augment(x, key, draw, i, views=cfg.views, crop_scale=cfg.crop_scale)
         return standardise(view, model.mean, model.std).split(cfg.batch_size)
 
     results = []

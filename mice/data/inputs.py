@@ -203,7 +203,7 @@ def picture_source(
 
     return Source(pictures, decode, typical_shape(pictures))
 
-# %% ../../nbs/data/03_inputs.ipynb #a2200007
+# %% ../../nbs/data/03_inputs.ipynb #a2200017
 def gathered_views(
     rows: np.ndarray,  # (R, F)
     groups: np.ndarray,  # (R,) rows of one group are views of one image
@@ -221,7 +221,9 @@ def feature_source(
     single: bool = False,  # for predictions: also (M, F), one row per image
 ) -> Source:
     "Features that were computed elsewhere, as unit rows; the first view counts as the plain image."
-    x = np.asarray(X.detach().cpu() if isinstance(X, Tensor) else X)
+    if isinstance(X, Tensor):
+        X = (X.float() if X.is_floating_point() else X).detach().cpu()
+    x = np.asarray(X)
     if groups is not None:
         fits = x.ndim == 2 and np.shape(groups) == (len(x),)
         require(fits, f"groups must name the image of each row of features (R, F), got {np.shape(groups)} for {x.shape}")

@@ -313,13 +313,14 @@ def render(
 def augment(
     images: Tensor,  # (N, H, W, C) uint8
     *parts: int | str,  # what the randomness belongs to, such as (seed, 'view 1', epoch, step)
-    views: str = "colour",  # 'colour' for photographs, 'affine' for handwriting
+    views: str = "colour",  # 'colour' for photographs, 'mild' likewise, 'affine' for handwriting
     strength: Strength = HANDWRITING,  # of affine views
+    crop_scale: float = 0.2,  # of the others, smallest share of the image's area
 ) -> Tensor:  # (N, C, H, W) float32, black = 0, white = 1
     "One random view of each image; same key, same view."
     check_shapes("images:NHWC", images)
     require(images.dtype == torch.uint8, f"images must be uint8, got {images.dtype}")
-    params = sample_params(images.shape, *parts, views=views, strength=strength)
+    params = sample_params(images.shape, *parts, views=views, strength=strength, crop_scale=crop_scale)
     return render(images, type(params)(*(x.to(images.device) for x in params)))
 
 # %% ../../nbs/data/06_views.ipynb #02b8fc4f

@@ -168,7 +168,7 @@ def test_a_source_is_fitted_and_files_are_remembered(tmp_path):
 
 def test_colour_and_grey_meet():
     colour = np.random.RandomState(0).randint(256, size=(60, 10, 14, 3)).astype(np.uint8)
-    found = MiCE(**ONCE).fit(colour)
+    found = MiCE(**ONCE, trunk="small").fit(colour)
     assert (found.config_.views, len(found.model_.mean)) == ("colour", 3)
     grey = FEW[:7]
     np.testing.assert_allclose(found.predict_proba(grey), found.predict_proba(grey.repeat(3, -1)))
@@ -242,9 +242,10 @@ def test_a_file_of_the_earlier_version_is_read(model, tmp_path):
     est.save(path)
     tensors, facts = content(path)
     earlier = {now: name for name, now in RENAMED.items()}
-    assert facts["format"] == 2 and {"model.tau", "model.kappa"} < tensors.keys()
+    assert facts["format"] == 3 and {"model.tau", "model.kappa"} < tensors.keys()
 
     facts["format"], facts["white"] = 1, facts.pop("max_value")
+    facts["parameters"]["arch"] = facts["parameters"].pop("trunk")
     facts["config"] = {earlier.get(name, name): value for name, value in facts["config"].items()}
     for row in facts["comparison"]:
         row["held_out"] = row.pop("fresh_view")

@@ -76,7 +76,7 @@ def test_a_comparison_is_saved_however_it_was_asked_for(chosen, several, tmp_pat
 
 def test_the_plan_and_the_choice_are_printed(capsys, monkeypatch):
     quick = Forecast(1.0, 1.0, 1, 0, 1, 0)
-    monkeypatch.setattr("mice.clustering.estimator.forecast", lambda images, cfg: quick)
+    monkeypatch.setattr("mice.clustering.estimator.forecast", lambda images, cfg, trunk: quick)
     MiCE(**QUICK | dict(verbose=True, epochs=1)).fit(FEW)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("MiCE: comparing 2, 3 clusters: 6 runs of 1 epoch")

@@ -254,7 +254,7 @@ def test_affine_views_are_what_they_were():
         (torch.zeros(2, 8, 8, 3), "colour", "uint8"),
         (torch.zeros(2, 8, 8, dtype=torch.uint8), "colour", "shape"),
         (torch.zeros(2, 8, 8, 4, dtype=torch.uint8), "colour", "1 or 3 channels, got 4"),
-        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), "color", "colour, affine, got 'color'"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), "color", "colour, mild, affine, got 'color'"),
     ],
 )
 def test_errors_name_what_was_expected(images, views, message):
