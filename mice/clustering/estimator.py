@@ -186,7 +186,7 @@ def trunk_settings(
     est: BaseEstimator,  # a `MiCE`
     source: Source,
 ) -> dict:  # fields of a `Config` that follow from it
-    "The given trunk; otherwise for photographs without a large GPU run a frozen pretrained one, if installed."
+    "The given trunk; otherwise, where it suits and is installed, a frozen pretrained one."
     if own_network(est):
         return dict(arch="module", trunk_hash=trunk_hash(as_trunk(est.trunk)), frozen=bool(est.frozen))
     name = est.trunk
@@ -201,7 +201,7 @@ def suits_pretrained(
     est: BaseEstimator,  # a `MiCE`
     source: Source,
 ) -> bool:
-    "Whether a frozen pretrained trunk is what the preset would choose: for colour, unless a GPU can train one."
+    "Whether the preset would freeze a pretrained trunk: for colour, unless a GPU can train one."
     large = find_device(est.device).type != "cpu" and source.count >= 5000
     free = est.trunk is None and est.frozen is not False and not is_warm_start(est)
     return free and est.preset == "auto" and source.shape[-1] == 3 and not large
@@ -336,7 +336,8 @@ def prepare_fit(
     "Read the images, and check everything that can be checked before time is spent."
     check_parameters(est)
     own = given_features(est)
-    require(own or groups is None, "groups say which rows of features are views of one image: trunk='features'")
+    wanted = "groups say which rows of features are views of one image: they need trunk='features'"
+    require(own or groups is None, wanted)
     source = feature_source(X, groups) if own else opened(X, threads=est.threads)
     seeds = start_seeds(est.random_state, max(3, est.n_init))
     ks = candidates(est.n_clusters, source.count)
@@ -527,7 +528,7 @@ class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto", trunk: nn.Module | None = None) -> "MiCE":
-        "A saved model, on any device, with its trunk if that was a module; FileNotFoundError if there is none."
+        "A saved model, on any device; `trunk` is the network of your own it stood on, if it did."
         return load_model(cls, Path(path), device, trunk)
 
     @classmethod
@@ -697,7 +698,8 @@ def check_given_trunk(
 ) -> None:
     "ValueError unless a model on a network of the user's own is given that network again."
     own = cfg.arch == "module"
-    require(not own or trunk is not None, "its trunk was a network of your own: MiCE.load(path, trunk=network)")
+    advice = "its trunk was a network of your own: MiCE.load(path, trunk=network)"
+    require(not own or trunk is not None, advice)
     require(own or trunk is None, f"its trunk is {cfg.arch}, no network of your own")
     if own and cfg.frozen:
         found = trunk_hash(as_trunk(trunk))
