@@ -148,7 +148,7 @@ def check_config(
     require(fits, f"dim must be at least n_clusters - 1 = {K - 1}, got {D}")
     require(0 <= cfg.ema <= 1, f"ema must lie between 0 and 1, got {cfg.ema}")
     pretrained = not cfg.frozen or cfg.arch in ("efficientnet_lite0", "module")
-    wanted = "frozen needs a trunk that has learned something, arch efficientnet_lite0 or a module of your own"
+    wanted = "frozen needs a trunk that has learned: arch efficientnet_lite0, or a module of your own"
     require(pretrained, f"{wanted}, got {cfg.arch}")
     alone = not (cfg.official and cfg.mu_gradient)
     require(alone, "the official code gives mu no gradient: official needs mu_gradient = false")

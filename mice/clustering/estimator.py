@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIG_NAME', 'TUNED', 'MODEL_FORMAT', 'NOT_SAVED', 'READ_ERRORS', 'power_of_two', 'auto_settings', 'frozen_settings',
-           'start_seeds', 'own_network', 'given_features', 'is_warm_start', 'check_parameters', 'channels_of',
-           'trunk_settings', 'suits_pretrained', 'missing_trunk', 'check_same_model', 'estimator_config',
+           'finetuning_settings', 'start_seeds', 'own_network', 'given_features', 'is_warm_start', 'check_parameters',
+           'channels_of', 'trunk_settings', 'suits_pretrained', 'missing_trunk', 'check_same_model', 'estimator_config',
            'check_batching', 'describe_trunk', 'describe_plan', 'FitData', 'prepare_fit', 'fit_once', 'compare_trials',
            'MiCE', 'to_json', 'saved_parameters', 'model_facts', 'model_hash', 'model_bytes', 'read_model',
            'check_given_trunk', 'load_model']
@@ -115,10 +115,24 @@ def frozen_settings(
         ema=0.99,
         epochs=epochs,
         batch_size=batch_size,
-        lr=0.3,
-        warmup=max(1, epochs // 20),
+        lr=0.5,
+        warmup=max(1, epochs // 10),
         milestones=(0.9,),
     )
+
+
+def finetuning_settings(
+    M: int,  # images
+    shape: tuple,  # (H, W, C) of a typical one
+    K: int = 10,  # clusters
+    epochs: int | None = None,  # if the user has decided them
+    image_size: int | None = None,  # likewise, pixels
+) -> dict:  # fields of a `Config` -> values
+    "The settings that preset 'auto' chooses for a pretrained trunk that goes on learning."
+    epochs = epochs or min(max(10_000 // M, 5), 50)
+    found = frozen_settings(M, shape, K, epochs, image_size)
+    side, batch_size = min(found["image_size"], 96), min(found["batch_size"], 32)
+    return found | dict(image_size=image_size or side, batch_size=batch_size, lr=0.03)
 
 # %% ../../nbs/clustering/01_estimator.ipynb #68296061
 def start_seeds(
@@ -250,6 +264,8 @@ def estimator_config(
         frozen = est.config_.frozen if is_warm_start(est) else given.get("frozen")
         if frozen or given_features(est):
             chosen = frozen_settings(M, source.shape, K, **fixed)
+        elif given.get("arch") in PRETRAINED:
+            chosen = finetuning_settings(M, source.shape, K, **fixed)
         else:
             chosen = auto_settings(M, source.shape, device.type, K, **fixed)
     if is_warm_start(est):

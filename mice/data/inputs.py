@@ -226,7 +226,8 @@ def feature_source(
     x = np.asarray(X)
     if groups is not None:
         fits = x.ndim == 2 and np.shape(groups) == (len(x),)
-        require(fits, f"groups must name the image of each row of features (R, F), got {np.shape(groups)} for {x.shape}")
+        got = f"got {np.shape(groups)} for {x.shape}"
+        require(fits, f"groups must name the image of each row of features (R, F), {got}")
         x = gathered_views(x, np.asarray(groups))
     if single and x.ndim == 2:
         x = x[:, None]

@@ -93,7 +93,8 @@ def cluster_by_pixels(
     "Lloyd's k-means on the pixels as they are, or on the features of a frozen trunk."
     def flat(x):
         if are_features(x):
-            return standardise(torch.from_numpy(x[:, 0]).float(), *channel_stats(fit_images)).numpy()  # (M, F)
+            plain = torch.from_numpy(x[:, 0]).float()
+            return standardise(plain, *channel_stats(fit_images)).numpy()  # (M, F)
         return x.reshape(len(x), -1).astype(np.float32) / 255  # (M, H*W*C)
 
     with cpu_threads(cfg.threads):

@@ -29,7 +29,7 @@ import pandas as pd
 from ..config import NEUTRAL, Config
 from ..metrics import METRICS
 from ..text import plural, text_table
-from .ledger import Row, mean_std_best, read_rows, short_hash
+from .ledger import Row, mean_std_best, read_rows, short_hash, without_added
 
 # %% ../../nbs/reproduction/05_tables.ipynb #07ea9d55
 def paper_table1() -> pd.DataFrame:  # (method, line) x (dataset, score), text
@@ -138,7 +138,7 @@ def group_runs(
     for row in rows:
         config = row.config | dict(method=row.method)
         name, base = variant(config)
-        base = short_hash([base, row.protocol, row.dataset_sha256])
+        base = short_hash([without_added(base), row.protocol, row.dataset_sha256])
         found[Path(config["dataset"]).name, row.method, name, base].append(row)
     groups = []
     for key, some in sorted(found.items()):

@@ -78,7 +78,8 @@ class FrozenTrunk:
         alone, together = torch.cat([self(one) for one in x.split(1)]), self(x)
         cause = "does it train its batch norm, or drop features at random, in eval mode, too?"
         same = torch.allclose(alone.float(), together.float(), atol=0.02 if self.bfloat16 else 0.002)
-        require(same, f"a frozen trunk must give an image the same features in any batch; this one differs: {cause}")
+        wanted = "a frozen trunk must give an image the same features in any batch; this one differs"
+        require(same, f"{wanted}: {cause}")
 
 # %% ../../nbs/training/05_features.ipynb #fea00006
 CHUNK = 64  # images whose views are drawn and stored together

@@ -531,8 +531,8 @@ def new_model(
     scale = channel_stats(images)
     if trunk is not None and not are_features(images):
         trunk = as_trunk(trunk)
-        known = trunk.mean is not None
-        scale = tuple(torch.tensor(x, dtype=torch.float32) for x in (trunk.mean, trunk.std)) if known else scale
+        if trunk.mean is not None:
+            scale = torch.tensor([trunk.mean, trunk.std], dtype=torch.float32)  # (2, C)
     return kind(cfg, *scale, trunk)
 
 

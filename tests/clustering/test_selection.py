@@ -153,9 +153,9 @@ def test_fresh_views_are_no_views_of_the_training(monkeypatch):
     model, _ = fit(FEW, CFG, progress=False)
     drawn, augment = [], selection.augment
 
-    def recorded(images, *parts, views):
+    def recorded(images, *parts, **how):
         drawn.append(parts)
-        return augment(images, *parts, views=views)
+        return augment(images, *parts, **how)
 
     monkeypatch.setattr(selection, "augment", recorded)
     before = torch.random.get_rng_state()

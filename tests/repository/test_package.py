@@ -122,7 +122,7 @@ def test_the_wheel_describes_itself(wheel):
     assert (about["Name"], about["Version"]) == ("mice-clustering", cfg["version"])
     assert about["License-Expression"] == cfg["license"]
     assert about["Requires-Python"] == f">={cfg['min_python']}"
-    assert set(about.get_all("Provides-Extra")) == {"reproduce", "tensorboard", "dev", "all"}
+    assert set(about.get_all("Provides-Extra")) == {"photos", "reproduce", "tensorboard", "dev", "all"}
     assert not [line for line in about.get_all("Requires-Dist") if "://" in line or "file:" in line]
 
 

@@ -162,7 +162,7 @@ def test_a_dry_run_prints_every_parameter_and_runs_nothing(tmp_path):
     [
         ("digit", "no experiment 'digit': did you mean digits"),
         ("mnist", "`mice reproduce` without a name lists them"),
-        ("digits --set views=grey", "views must be one of colour, affine, got 'grey'"),
+        ("digits --set views=grey", "views must be one of colour, mild, affine, got 'grey'"),
         ("digits --set method=kmean", "method must be one of mice, two_stage, kmeans, got 'kmean'"),
         ("digits --set official=true", "official needs mu_gradient = false"),
         ("digits --set released=true", "unknown parameter 'released': did you mean 'official'?"),
