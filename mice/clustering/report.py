@@ -219,7 +219,8 @@ def near_duplicates(
     parts = []
     pixels = torch.from_numpy(findings.images).flatten(1)  # (M, S * S * C)
     pairs = neighbour_pairs(duplicate_descriptors(findings), 3)  # (P, 2)
-    for i, j in (block.T for block in pairs.split(4096)):
+    at_once = max(1, 2**22 // pixels.shape[1])  # pairs whose pixels take 16 MB each as floats
+    for i, j in (block.T for block in pairs.split(at_once)):
         parts.append(pixel_similarity(pixels[i].float(), pixels[j].float()))
     similarity = torch.cat(parts)  # (P,)
     order = similarity.argsort(descending=True, stable=True)[:max_pairs]
