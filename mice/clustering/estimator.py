@@ -35,13 +35,14 @@ from torch import Tensor, nn
 from ..config import Config, config_from, upgraded
 from ..core import key, require
 from ..data.folders import DecodedImages, first_few_files, skipped_files
+from ..data.images import are_features
 from ..data.inputs import Source, feature_source, opened, with_channels
 from ..files import array_hash, as_value_error, atomic_write
 from ..text import format_duration, plural
 from ..training import loop
 from ..training.checkpoints import Checkpointer, raw_bits
 from ..training.engine import cpu_threads, find_device, prepare_model
-from ..training.features import are_features, learns_from_features, training_inputs
+from ..training.features import learns_from_features, training_inputs
 from ..training.forecast import describe_forecast, forecast
 from ..training.health import Health
 from ..training.loop import Epoch, MiCEModel, Prediction, flat_embeddings, warnings_by_epoch
@@ -159,7 +160,7 @@ def given_features(
     est: BaseEstimator,  # a `MiCE`
 ) -> bool:
     "Whether X holds features, computed elsewhere."
-    return isinstance(est.trunk, str) and est.trunk == "features"
+    return est.trunk == "features"
 
 
 def is_warm_start(
@@ -193,7 +194,7 @@ def channels_of(
     source: Source,
 ) -> int:  # 1 or 3
     "The channels of the images a model sees: networks from elsewhere expect three."
-    return 3 if cfg.frozen or cfg.arch in (*PRETRAINED, "module") else source.shape[-1]
+    return 3 if cfg.arch in (*PRETRAINED, "module") else source.shape[-1]
 
 
 def trunk_settings(
@@ -226,7 +227,7 @@ def missing_trunk(
     source: Source,
 ) -> list[str]:  # one sentence, or none
     "What would help."
-    if not suits_pretrained(est, source) or given_features(est) or weights_path("efficientnet_lite0"):
+    if not suits_pretrained(est, source) or weights_path("efficientnet_lite0"):
         return []
     return [f"a pretrained trunk finds far better clusters of photographs, and in less time: {INSTALL}"]
 
@@ -250,7 +251,8 @@ def estimator_config(
     "The given parameters; for the others, on a warm start the model's, and otherwise the preset's."
     given = {name: getattr(est, name) for name in ("n_clusters", "threads", *TUNED) if name != "trunk"}
     given = {name: value for name, value in given.items() if value is not None} | decided
-    given |= trunk_settings(est, source)
+    if "trunk_hash" not in decided:
+        given |= trunk_settings(est, source)
     for name, value in given.items():
         given[name] = value.item() if isinstance(value, np.generic) else value
     device = find_device(est.device)
@@ -295,14 +297,12 @@ def check_batching(
 
 def describe_trunk(
     cfg: Config,
-    size: bool = True,  # also of the images
 ) -> str:
     "The trunk of a run in a few words, and whether labels of other images went into it."
     if cfg.arch == "features":
         return "features of your own"
     kind = "your own trunk" if cfg.arch == "module" else f"{cfg.arch} trunk"
-    if size:
-        kind += f" at {cfg.image_size} px"
+    kind += f" at {cfg.image_size} px"
     if cfg.frozen:
         kind += f", frozen, {cfg.cached_views} + 1 views of each image"
     return f"{kind}, pretrained with ImageNet labels" if cfg.arch in PRETRAINED else kind
@@ -337,11 +337,12 @@ class FitData(NamedTuple):
     ks: list[int]  # numbers of clusters to choose from; usually one
     seeds: list[int]  # of the starts
     warnings: list[str]  # about skipped files, and choices that may be unwise
+    network: dict  # as from `trunk_settings` if the trunk is one of the user's own, whose hash is made once
 
     def config(self, est: BaseEstimator, seed: int, **decided: object) -> Config:
         "As from `estimator_config`, for the images that were read."
         size = {} if are_features(self.images) else dict(image_size=self.images.shape[1])
-        return estimator_config(est, self.source, seed, **size, **decided)
+        return estimator_config(est, self.source, seed, **size, **self.network, **decided)
 
 
 def prepare_fit(
@@ -357,7 +358,8 @@ def prepare_fit(
     source = feature_source(X, groups) if own else opened(X, threads=est.threads)
     seeds = start_seeds(est.random_state, max(3, est.n_init))
     ks = candidates(est.n_clusters, source.count)
-    cfgs = [estimator_config(est, source, seeds[0], n_clusters=K) for K in reversed(ks)]
+    network = trunk_settings(est, source) if own_network(est) else {}
+    cfgs = [estimator_config(est, source, seeds[0], n_clusters=K, **network) for K in reversed(ks)]
     read = source.read(cfgs[0].image_size)
     count = len(read.images)
     wanted = f"at least n_clusters = {ks[-1]} images that can be read are needed, got {count}"
@@ -367,7 +369,8 @@ def prepare_fit(
     images = read.images
     if not own:
         images = with_channels(images, est.channels_ if is_warm_start(est) else channels_of(cfgs[0], source))
-    data = FitData(source, read, images, ks, seeds, [*map(str, read.notes), *missing_trunk(est, source)])
+    notes = [*map(str, read.notes), *missing_trunk(est, source)]
+    data = FitData(source, read, images, ks, seeds, notes, network)
     data.warnings.extend(check_batching(len(images), data.config(est, seeds[0], n_clusters=ks[-1])))
     return data
 

@@ -19,13 +19,14 @@ from sklearn.cluster import KMeans
 
 from ..config import Config, config_from
 from ..data.datasets import load_dataset
+from ..data.images import are_features
 from ..data.views import channel_stats, standardise
 from ..files import atomic_write
 from ..training import loop
 from ..training.checkpoints import Checkpointer
 from ..training.distributed import process_group
 from ..training.engine import cpu_threads
-from ..training.features import are_features, prediction_inputs, training_inputs
+from ..training.features import prediction_inputs, training_inputs
 from ..training.forecast import describe_forecast, forecast
 from ..training.health import clustering_diagnostics
 from ..training.loop import Epoch, MiCEModel, Run, StudentTeacher, flat_embeddings, predict

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PIXELS_AT_ONCE', 'CHUNK', 'FrozenTrunk', 'feature_chunk', 'FeatureFile',
-           'feature_key', 'chunks_with_bar', 'view_features', 'plain_features', 'learns_from_features', 'are_features',
+           'feature_key', 'chunks_with_bar', 'view_features', 'plain_features', 'learns_from_features',
            'measure_feature_seconds', 'training_inputs', 'prediction_inputs']
 
 # %% ../../nbs/training/05_features.ipynb #fea00004
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from ..config import Config
 from ..core import check_finite, require, unit
 from ..data.cache import allocate, cache_folder, open_mapped, reserve_disk
+from ..data.images import are_features
 from ..data.views import render, sample_params, standardise, to_float
 from ..files import array_hash, atomic_write
 from .engine import cpu_threads, find_device, use_bfloat16
@@ -230,13 +231,6 @@ def learns_from_features(
 ) -> bool:
     "Whether the images of a run are features: of a frozen trunk, or the user's own."
     return cfg.frozen or cfg.arch == "features"
-
-
-def are_features(
-    images: np.ndarray,
-) -> bool:
-    "Whether these are features of views, (M, V, F), and not images."
-    return images.ndim == 3 and images.dtype == np.float16
 
 
 def measure_feature_seconds(

@@ -28,12 +28,13 @@ from torch.utils._pytree import tree_leaves
 from ..attention import kernel_agrees
 from ..config import Config
 from ..core import require
+from ..data.images import are_features
 from ..machine import free_memory, process_memory
 from ..text import format_bytes, format_duration
 from . import engine, loop
 from .distributed import world_size
 from .engine import cpu_threads, find_device, resolve_compile, set_precision, use_bfloat16
-from .features import are_features, learns_from_features, measure_feature_seconds
+from .features import learns_from_features, measure_feature_seconds
 from .health import diagnose
 from .loop import MiCEModel, StudentTeacher, check_batch_size
 

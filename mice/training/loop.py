@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..config import Config
 from ..core import generator, require, unit
-from ..data.images import check_images
+from ..data.images import are_features, check_images
 from ..data.views import channel_stats, render, sample_step_views, standardise, standardised_batches
 from ..elbo import Objective, loss_bounds, mice_objective
 from ..encoders import HeadedTrunk, eval_mode, make_teacher, new_student, update_teacher
@@ -37,7 +37,7 @@ from ..gating import log_gate, simplex_prototypes, uniform_prototypes
 from ..mstep import PrototypeSum
 from ..normalizer import Queue
 from . import distributed, engine
-from .features import are_features, learns_from_features, prediction_inputs, training_inputs
+from .features import learns_from_features, prediction_inputs, training_inputs
 from .health import Health, diagnose, new_warnings, one_line
 from .trunks import as_trunk, pretrained_trunk, trunk_under_heads
 
@@ -526,14 +526,13 @@ def new_model(
     trunk: nn.Module | None = None,  # of your own; None: the one that `cfg` names
 ) -> StudentTeacher:
     "A model before training, for images of this scale."
-    if not are_features(images):
-        trunk = trunk or pretrained_trunk(cfg.arch)
-    scale = channel_stats(images)
-    if trunk is not None and not are_features(images):
-        trunk = as_trunk(trunk)
-        if trunk.mean is not None:
-            scale = torch.tensor([trunk.mean, trunk.std], dtype=torch.float32)  # (2, C)
-    return kind(cfg, *scale, trunk)
+    if are_features(images):
+        return kind(cfg, *channel_stats(images))
+    trunk = trunk or pretrained_trunk(cfg.arch)
+    trunk = None if trunk is None else as_trunk(trunk)
+    if trunk is None or trunk.mean is None:
+        return kind(cfg, *channel_stats(images), trunk)
+    return kind(cfg, *torch.tensor([trunk.mean, trunk.std], dtype=torch.float32), trunk)
 
 
 def fit(
