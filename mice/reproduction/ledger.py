@@ -171,7 +171,7 @@ class Row:
     config: dict  # every parameter of the run
     seed: int  # the one in config
     epochs: int  # the last one, at which the run is evaluated; 0 if nothing is trained
-    seconds: float  # of training
+    seconds: float  # of training, or of k-means
     device: str  # 'cpu' or 'cuda'
     images_per_second: float  # median over the epochs
     peak_memory_bytes: int
@@ -184,6 +184,7 @@ class Row:
     precision: str = ""  # of trunk and queue, 'float32' or 'bfloat16'; '' if not recorded
     compile: str = ""  # 'off', 'networks' or 'step'; '' if not recorded
     processes: int = 1  # that shared the work
+    feature_seconds: float = 0.0  # that a frozen trunk took, in whichever run; 0 if none, or not recorded
     other_features: dict = field(default_factory=dict)  # features the two-stage baseline did not use: scores
     diagnostics: dict = field(default_factory=dict)  # label-free, of the last epoch
     stages: dict = field(default_factory=dict)  # epoch, as text: ACC after it
@@ -210,6 +211,7 @@ class Row:
         stages: dict,  # epoch: its `methods.Clustering` of the evaluated images
         seconds: float,  # the run took
         device: torch.device,  # it used
+        feature_seconds: float = 0.0,  # that the features it learned from had taken
     ) -> "Row":
         "The row of a run that has just finished in this process."
         speeds = [epoch.images_per_second for epoch in history] or [len(fitted.images) / seconds]
@@ -223,6 +225,7 @@ class Row:
             seed=cfg.seed,
             epochs=max(stages),
             seconds=seconds,
+            feature_seconds=feature_seconds,
             images_per_second=float(np.median(speeds)),
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **run_machine(cfg, device),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PIXELS_AT_ONCE', 'CHUNK', 'FrozenTrunk', 'feature_chunk', 'FeatureFile',
-           'feature_key', 'chunks_with_bar', 'view_features', 'plain_features', 'learns_from_features',
-           'measure_feature_seconds', 'training_inputs', 'prediction_inputs']
+           'feature_key', 'feature_file', 'feature_seconds', 'chunks_with_bar', 'view_features', 'plain_features',
+           'learns_from_features', 'measure_feature_seconds', 'training_inputs', 'prediction_inputs']
 
 # %% ../../nbs/training/05_features.ipynb #fea00004
 import hashlib
@@ -115,12 +115,13 @@ class FeatureFile:
         self.hashes = []  # of the chunks that are done
         self.saved_at = 0.0  # when the record was written
 
-    def recorded(self) -> list[str]:  # SHA-256 of each chunk
-        "What an earlier process has done, unverified."
+    def recorded(self) -> tuple[list[str], float]:  # SHA-256 of each chunk; seconds they took
+        "What earlier processes have done, unverified."
         try:
-            return [*json.loads(self.record.read_text())["chunks"]]
+            record = json.loads(self.record.read_text())
+            return [*record["chunks"]], max(0.0, float(record["seconds"]))
         except (OSError, ValueError, KeyError, TypeError):
-            return []
+            return [], 0.0
 
     def open(self) -> BinaryIO:  # for reading and writing
         "The file in its full length, with every chunk verified that an earlier process recorded."
@@ -135,12 +136,14 @@ class FeatureFile:
                 reserve_disk(file, size)
         file = open(self.path, "r+b")
         file.write(header.getvalue())  # whatever happened to it
-        for start, expected in zip(self.starts, self.recorded(), strict=False):
+        expected_hashes, self.seconds = self.recorded()
+        for start, expected in zip(self.starts, expected_hashes, strict=False):
             file.seek(self.offset + start * self.row)
             found = hashlib.sha256(file.read(self.row * min(CHUNK, self.shape[0] - start))).hexdigest()
             if found != expected:
                 break
             self.hashes.append(found)
+        self.counted_to = time.monotonic()
         return file
 
     def append(
@@ -152,11 +155,14 @@ class FeatureFile:
         file.seek(self.offset + len(self.hashes) * CHUNK * self.row)
         file.write(chunk)
         self.hashes.append(hashlib.sha256(chunk).hexdigest())
-        if time.monotonic() - self.saved_at > 5 or len(self.hashes) == len(self.starts):
+        now = time.monotonic()
+        self.seconds, self.counted_to = self.seconds + now - self.counted_to, now
+        if now - self.saved_at > 5 or len(self.hashes) == len(self.starts):
             file.flush()
+            values = dict(shape=self.shape, seconds=self.seconds, chunks=self.hashes)
             with atomic_write(self.record) as record:
-                record.write(json.dumps(dict(shape=self.shape, chunks=self.hashes)).encode())
-            self.saved_at = time.monotonic()
+                record.write(json.dumps(values).encode())
+            self.saved_at = now
 
 # %% ../../nbs/training/05_features.ipynb #fea00008
 def feature_key(
@@ -169,6 +175,25 @@ def feature_key(
     views = [cfg.views, cfg.crop_scale, cfg.cached_views]
     parts = [array_hash(images), frozen.hash, scale, views, frozen.bfloat16]
     return hashlib.sha256(json.dumps(["features 1", *parts]).encode()).hexdigest()
+
+
+def feature_file(
+    images: np.ndarray,  # (M, H, W, C) uint8
+    frozen: FrozenTrunk,
+    cfg: Config,
+) -> FeatureFile:
+    "Where the features of the images are kept, or will be."
+    shape = (len(images), 1 + cfg.cached_views, frozen.n_features)
+    return FeatureFile(feature_key(images, frozen, cfg), shape)
+
+
+def feature_seconds(
+    images: np.ndarray,  # (M, H, W, C) uint8
+    cfg: Config,
+    trunk: nn.Module | None = None,  # None: the pretrained one that `cfg` names
+) -> float:  # seconds, 0 if they are not in the cache
+    "How long the features took, in whichever runs they were computed."
+    return feature_file(images, FrozenTrunk(trunk, cfg), cfg).recorded()[1]
 
 
 def chunks_with_bar(
@@ -194,8 +219,7 @@ def view_features(
     frozen = FrozenTrunk(trunk, cfg)
     frozen.check(to_float(torch.from_numpy(np.ascontiguousarray(images[:4]))))
     M = len(images)
-    shape = (M, 1 + cfg.cached_views, frozen.n_features)
-    store = FeatureFile(feature_key(images, frozen, cfg), shape)
+    store = feature_file(images, frozen, cfg)
     with cpu_threads(cfg.threads):
         try:
             cache_folder().mkdir(parents=True, exist_ok=True)
@@ -205,7 +229,8 @@ def view_features(
             return open_mapped(store.path)
         except OSError as error:
             warnings.warn(f"the features are not kept in the cache: {error.strerror or error}", stacklevel=2)
-        features = allocate((*shape[:2], 2 * shape[2])).view(np.float16)
+        *sizes, F = store.shape
+        features = allocate((*sizes, 2 * F)).view(np.float16)
         for start in chunks_with_bar(range(0, M, CHUNK), M, progress):
             features[start : start + CHUNK] = feature_chunk(images, start, frozen, cfg)
         return features
@@ -240,8 +265,7 @@ def measure_feature_seconds(
 ) -> tuple[float, np.ndarray]:  # seconds for all that are not in the cache; features (M, V, F) in their place
     "How long `view_features` will take, from a few images."
     frozen = FrozenTrunk(trunk, cfg)
-    shape = (len(images), 1 + cfg.cached_views, frozen.n_features)
-    store = FeatureFile(feature_key(images, frozen, cfg), shape)
+    store = feature_file(images, frozen, cfg)
     some = images[: max(1, min(len(images), PIXELS_AT_ONCE // images[0, ..., 0].size))]
     few = replace(cfg, cached_views=1)
     with cpu_threads(cfg.threads):
@@ -249,9 +273,10 @@ def measure_feature_seconds(
         began = time.perf_counter()
         features = feature_chunk(some, 0, frozen, few)
         seconds = (time.perf_counter() - began) / features[..., 0].size
-    missing = len(images) - min(len(images), CHUNK * len(store.recorded()))
-    stand_in = np.lib.stride_tricks.as_strided(features, shape, (0, 0, features.itemsize))  # takes no memory
-    return seconds * missing * shape[1], stand_in
+    missing = len(images) - min(len(images), CHUNK * len(store.recorded()[0]))
+    strides = (0, 0, features.itemsize)  # takes no memory
+    stand_in = np.lib.stride_tricks.as_strided(features, store.shape, strides)
+    return seconds * missing * store.shape[1], stand_in
 
 
 def training_inputs(
