@@ -69,7 +69,7 @@ class Config:
     arch: str = "resnet34_cifar"  # trunk, one of ARCHS; or 'features' of your own, or a 'module' of your own
     trunk_hash: str = added("")  # of a module, so that runs with different ones are told apart
     frozen: bool = added(False)  # the trunk does not learn, its features are computed once
-    cached_views: int = added(6)  # random views of each image whose features are kept, with a frozen trunk
+    cached_views: int = added(6)  # random views of each image that a frozen trunk computes; 0: image alone
     n_clusters: int = 10  # K
     dim: int = 128  # D, size of every embedding
     tau: float = 1.0  # temperature of the experts, dimensionless
@@ -135,10 +135,10 @@ def check_config(
         value = getattr(cfg, name)
         require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
     positive = "dim tau kappa nu lr image_size epochs batch_size lr_drop n_init threads crop_scale"
-    positive = f"{positive} cached_views checkpoint_seconds"
+    positive = f"{positive} checkpoint_seconds"
     check_positive(**{name: getattr(cfg, name) for name in positive.split()})
     require(cfg.crop_scale <= 1, f"crop_scale must be at most 1, the whole image, got {cfg.crop_scale}")
-    for name in ("momentum", "weight_decay", "warmup", "seed", "subset"):
+    for name in ("momentum", "weight_decay", "warmup", "seed", "subset", "cached_views"):
         require(getattr(cfg, name) >= 0, f"{name} must not be negative, got {getattr(cfg, name)}")
     K = cfg.n_clusters
     D = cfg.dim
