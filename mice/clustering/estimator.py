@@ -7,15 +7,15 @@ __all__ = ['CONFIG_NAME', 'TUNED', 'MODEL_FORMAT', 'NOT_SAVED', 'READ_ERRORS', '
            'finetuning_settings', 'start_seeds', 'own_network', 'given_features', 'is_warm_start', 'check_parameters',
            'channels_of', 'trunk_settings', 'suits_pretrained', 'missing_trunk', 'check_same_model', 'estimator_config',
            'check_batching', 'describe_trunk', 'describe_plan', 'FitData', 'prepare_fit', 'fit_once', 'compare_trials',
-           'MiCE', 'to_json', 'saved_parameters', 'model_facts', 'model_hash', 'model_bytes', 'read_model',
-           'check_given_trunk', 'load_model']
+           'image_and_views', 'MiCE', 'to_json', 'saved_parameters', 'model_facts', 'model_hash', 'model_bytes',
+           'read_model', 'check_given_trunk', 'load_model']
 
 # %% ../../nbs/clustering/01_estimator.ipynb #6763337e
 import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from inspect import signature
@@ -34,9 +34,11 @@ from torch import Tensor, nn
 
 from ..config import Config, config_from, upgraded
 from ..core import key, require
+from ..data.cache import chunks
 from ..data.folders import DecodedImages, first_few_files, skipped_files
 from ..data.images import are_features
 from ..data.inputs import Source, feature_source, opened, with_channels
+from ..data.views import augment
 from ..files import array_hash, as_value_error, atomic_write
 from ..text import format_duration, plural
 from ..training import loop
@@ -395,7 +397,7 @@ def fit_once(
 def compare_trials(
     est: BaseEstimator,  # a `MiCE`
     data: FitData,
-) -> Comparison:
+) -> tuple[Comparison, np.ndarray]:  # and what the models learned from: the images, or features of them
     "Short runs with each number of clusters; their cost is announced first."
     trunk = own_network(est)
     cfgs = []
@@ -415,7 +417,29 @@ def compare_trials(
     def learn(cfg):
         return fit_once(est, inputs, cfg, trial=True)
 
-    return compare_runs(inputs, cfgs, learn, bool(est.verbose))
+    return compare_runs(inputs, cfgs, learn, bool(est.verbose)), inputs
+
+# %% ../../nbs/clustering/01_estimator.ipynb #56f991f5
+def image_and_views(
+    images: np.ndarray,  # (M, S, S, C) uint8; or features of views (M, V, F), the plain image first
+    cfg: Config,
+    count: int,  # random views of each image besides the image itself
+) -> Iterator[np.ndarray]:  # 1 + count times images, or features (M, 1, F)
+    "The images, and then random views of them."
+    require(isinstance(count, Integral) and count >= 0, f"views must be a whole number, got {count!r}")
+    if are_features(images):
+        V = images.shape[1]
+        require(count < V, f"views must be less than the {V} views of each image in X, got {count}")
+        yield from (images[:, i : i + 1] for i in range(count + 1))
+        return
+    yield images
+    for i in range(1, count + 1):
+        view = np.empty_like(images)
+        for rows in chunks(images):
+            x = torch.from_numpy(np.ascontiguousarray(images[rows]))
+            found = augment(x, "predict", rows.start, i, views=cfg.views, crop_scale=cfg.crop_scale)
+            view[rows] = found.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+        yield view
 
 # %% ../../nbs/clustering/01_estimator.ipynb #e0000002
 class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
@@ -488,9 +512,9 @@ class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
     def fit(self, X: object, y: object = None, groups: object = None) -> "MiCE":
         "Cluster images; y is ignored. `groups` say which rows of features (R, F) are views of one image."
         data, self.comparison_ = prepare_fit(self, X, groups), None
-        K = data.ks[0]
+        K, inputs = data.ks[0], data.images
         if len(data.ks) > 1:
-            self.comparison_ = compare_trials(self, data)
+            self.comparison_, inputs = compare_trials(self, data)
             K, sentence = recommend(self.comparison_)
             if self.verbose:
                 print(f"MiCE: {sentence}")
@@ -498,8 +522,8 @@ class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
             warnings.warn(warning, stacklevel=2)
         cfgs = [data.config(self, s, n_clusters=K) for s in data.seeds[: self.n_init]]
         if self.verbose:
-            print(describe_plan(data.images, data.source.shape, cfgs[0], self.n_init, own_network(self)))
-        inputs = training_inputs(data.images, cfgs[0], own_network(self), bool(self.verbose))
+            print(describe_plan(inputs, data.source.shape, cfgs[0], self.n_init, own_network(self)))
+        inputs = training_inputs(inputs, cfgs[0], own_network(self), bool(self.verbose))
         runs = [(cfg, *fit_once(self, inputs, cfg)) for cfg in cfgs]
         self.start_losses_ = [history[-1].loss for _, _, history in runs]
         cfg, model, history = runs[int(np.argmin(self.start_losses_))]
@@ -513,24 +537,26 @@ class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
 
     def compare(self, X: object) -> Comparison:
         "The trials with each number of clusters, without a fit."
-        return compare_trials(self, prepare_fit(self, X))
+        return compare_trials(self, prepare_fit(self, X))[0]
 
     def predict_readable(self, X: object) -> tuple[DecodedImages, Prediction]:
         "The images that can be read, which were skipped and why; posterior and embeddings of each."
         read = self._read(X)
         return read, self._predict(read.images)
 
-    def predict_proba(self, X: object) -> np.ndarray:  # (M, K) float64, rows sum to 1
-        "Posterior p(z | x, y) of each cluster."
-        return self._predict_all(X).log_posterior.double().softmax(-1).numpy()
+    def predict_proba(self, X: object, views: int = 0) -> np.ndarray:  # (M, K) float64, rows sum to 1
+        "Posterior p(z | x, y) of each cluster; its mean over the image and `views` random views, if any."
+        images = self._read_all(X)
+        found = [self._predict(x).log_posterior for x in image_and_views(images, self.config_, views)]
+        return torch.stack([x.double().softmax(-1) for x in found]).mean(0).numpy()
 
-    def predict(self, X: object) -> np.ndarray:  # (M,) int64
-        "The most likely cluster of each image."
-        return self.predict_proba(X).argmax(-1)
+    def predict(self, X: object, views: int = 0) -> np.ndarray:  # (M,) int64
+        "The most likely cluster of each image; `views` as for `predict_proba`."
+        return self.predict_proba(X, views).argmax(-1)
 
     def transform(self, X: object) -> np.ndarray:  # (M, K * D) float32 rows of norm 1
         "The embeddings of each image by all experts, side by side."
-        return flat_embeddings(self._predict_all(X))
+        return flat_embeddings(self._predict(self._read_all(X)))
 
     def score(self, X: object, y: object = None) -> float:  # nats, larger is better; y is ignored
         "Mean log-likelihood of the images' identities in fresh views, which depends on the set of images."
@@ -597,13 +623,13 @@ class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
             trunk = own_network(self)
             return loop.predict(self.model_, images, self.config_, together=together, trunk=trunk)
 
-    def _predict_all(self, X: object) -> Prediction:
-        "Row i is image i, so a file that cannot be read raises ValueError."
-        read, prediction = self.predict_readable(X)
+    def _read_all(self, X: object) -> np.ndarray:
+        "As from `_read`; row i is image i, so a file that cannot be read raises ValueError."
+        read = self._read(X)
         bad = skipped_files(read.notes)
         wanted = "every file must be readable, got some that are not"
         require(not bad, f"{wanted}: {first_few_files(bad)}; predict_readable(X) skips them")
-        return prediction
+        return read.images
 
     def __getstate__(self) -> dict:
         state = dict(super().__getstate__())

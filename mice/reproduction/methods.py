@@ -26,7 +26,7 @@ from ..training import loop
 from ..training.checkpoints import Checkpointer
 from ..training.distributed import process_group
 from ..training.engine import cpu_threads
-from ..training.features import prediction_inputs, training_inputs
+from ..training.features import learns_from_features, prediction_inputs, training_inputs
 from ..training.forecast import describe_forecast, forecast
 from ..training.health import clustering_diagnostics
 from ..training.loop import Epoch, MiCEModel, Run, StudentTeacher, flat_embeddings, predict
@@ -80,6 +80,8 @@ def cluster_by_features(
 ) -> Clustering:
     "Two-stage: the nearest spherical k-means prototype, for the chosen features and for the others."
     kinds = ("student", "teacher", "trunk")
+    if learns_from_features(cfg):  # `kmeans` tells what these are worth
+        kinds = (*dict.fromkeys((cfg.features, *kinds[:2])),)
     found = {kind: cluster_one_feature(model, fit_images, images, cfg, kind) for kind in kinds}
     chosen = found.pop(cfg.features)
     return chosen._replace(other_features={kind: one.clusters for kind, one in found.items()})

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PIXELS_AT_ONCE', 'CHUNK', 'FrozenTrunk', 'feature_chunk', 'FeatureFile',
-           'feature_key', 'feature_file', 'feature_seconds', 'chunks_with_bar', 'view_features', 'plain_features',
-           'learns_from_features', 'measure_feature_seconds', 'training_inputs', 'prediction_inputs']
+           'feature_key', 'feature_file', 'feature_seconds', 'chunks_with_bar', 'view_features', 'features_in_memory',
+           'plain_features', 'learns_from_features', 'measure_feature_seconds', 'training_inputs', 'prediction_inputs']
 
 # %% ../../nbs/training/05_features.ipynb #fea00004
 import hashlib
@@ -35,7 +35,7 @@ from .trunks import as_trunk, folded, pretrained_trunk, trunk_hash
 
 # %% ../../nbs/training/05_features.ipynb #fea00005
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # where a trunk says nothing else
-PIXELS_AT_ONCE = 300_000  # per pass of the trunk: its largest map stays in reach of the processor's cache
+PIXELS_AT_ONCE = 220_000  # per pass of the trunk: its largest map stays in reach of the processor's cache
 
 
 class FrozenTrunk:
@@ -174,7 +174,7 @@ def feature_key(
     scale = [x.tolist() for x in (frozen.mean, frozen.std)]
     views = [cfg.views, cfg.crop_scale, cfg.cached_views]
     parts = [array_hash(images), frozen.hash, scale, views, frozen.bfloat16]
-    return hashlib.sha256(json.dumps(["features 1", *parts]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(["features 2", *parts]).encode()).hexdigest()
 
 
 def feature_file(
@@ -229,11 +229,21 @@ def view_features(
             return open_mapped(store.path)
         except OSError as error:
             warnings.warn(f"the features are not kept in the cache: {error.strerror or error}", stacklevel=2)
-        *sizes, F = store.shape
-        features = allocate((*sizes, 2 * F)).view(np.float16)
-        for start in chunks_with_bar(range(0, M, CHUNK), M, progress):
-            features[start : start + CHUNK] = feature_chunk(images, start, frozen, cfg)
-        return features
+        return features_in_memory(images, frozen, cfg, progress)
+
+
+def features_in_memory(
+    images: np.ndarray,  # (M, H, W, C) uint8
+    frozen: FrozenTrunk,
+    cfg: Config,
+    progress: bool = False,  # show a bar
+) -> np.ndarray:  # (M, 1 + cached_views, F) float16
+    "The features where no file keeps them."
+    M = len(images)
+    features = allocate((M, 1 + cfg.cached_views, 2 * frozen.n_features)).view(np.float16)
+    for start in chunks_with_bar(range(0, M, CHUNK), M, progress):
+        features[start : start + CHUNK] = feature_chunk(images, start, frozen, cfg)
+    return features
 
 
 def plain_features(
@@ -242,13 +252,8 @@ def plain_features(
     trunk: nn.Module | None = None,  # None: the pretrained one that `cfg` names
 ) -> np.ndarray:  # (M, 1, F) float16 unit rows
     "The features of the images as they are, for predictions; nothing is kept."
-    frozen = FrozenTrunk(trunk, cfg)
-    features = np.empty((len(images), 1, frozen.n_features), np.float16)
     with cpu_threads(cfg.threads):
-        for start in range(0, len(images), CHUNK):
-            rows = slice(start, start + CHUNK)
-            features[rows, 0] = frozen(to_float(torch.from_numpy(np.ascontiguousarray(images[rows])))).numpy()
-    return features
+        return features_in_memory(images, FrozenTrunk(trunk, cfg), replace(cfg, cached_views=0))
 
 
 def learns_from_features(

@@ -108,9 +108,10 @@ def measure_step_memory(
         step_fn = loop.make_step_fn(model)
         state = tracker.peak = tracker.now
         N, S = cfg.batch_size, cfg.image_size
-        images = torch.zeros(N, S, S, channels, dtype=torch.uint8)
         if learns_from_features(cfg):
             images = torch.zeros(N, 1 + cfg.cached_views, channels, dtype=torch.float16)
+        else:
+            images = torch.zeros(N, S, S, channels, dtype=torch.uint8)
         for i in range(2):  # at the second step there are gradients of the first
             step_fn(loop.make_batch(images, torch.arange(N), model, 1, i))
     return StepMemory(state, tracker.peak)

@@ -96,7 +96,7 @@ class EfficientNetLite0(nn.Module):
 
     n_features = 1280
     mean, std = (127 / 255,) * 3, (128 / 255,) * 3  # of the images it was trained on, range [0, 1]
-    smallest = 96  # pixels; the features of smaller images are worth little, so these are enlarged
+    smallest = 160  # pixels; the features of smaller images are worth far less, so these are enlarged
 
     def __init__(self):
         super().__init__()

@@ -332,9 +332,9 @@ class TableMiCE(MiCE):
     def score(self, X, y=None):
         return super().score(as_images(X), y)
 
-    def _predict_all(self, X):
+    def _read_all(self, X):
         check_is_fitted(self, "model_")
-        return super()._predict_all(as_images(X))
+        return super()._read_all(as_images(X))
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
