@@ -38,6 +38,7 @@ ARCHS = (
 CHOICES = dict(
     method=("mice", "two_stage", "kmeans"),
     features=("student", "teacher", "trunk"),
+    gate_start=("random", "kmeans"),
     omega_start=("simplex", "uniform"),
     split=("all", "test"),
     views=("colour", "mild", "affine"),
@@ -78,6 +79,7 @@ class Config:
     ema: float = 0.999  # weight of the teacher's old parameters at each step
     mu_gradient: bool = True  # mu learns by SGD (off: ablation b, and the official code)
     mu_closed_form: bool = True  # mu is set to its closed form after every epoch (off: ablation a)
+    gate_start: str = added("random")  # 'kmeans' of the features: only where the trunk does not learn
     omega_start: str = "simplex"  # 'simplex', or 'uniform' on the sphere (ablation c)
     omega_gradient: bool = False  # omega learns by SGD (ablation d)
     official: bool = False  # behave like the official code wherever it differs from the paper
@@ -150,6 +152,8 @@ def check_config(
     pretrained = not cfg.frozen or cfg.arch in ("efficientnet_lite0", "module")
     wanted = "frozen needs a trunk that has learned: arch efficientnet_lite0, or a module of your own"
     require(pretrained, f"{wanted}, got {cfg.arch}")
+    has_features = cfg.gate_start == "random" or cfg.frozen or cfg.arch == "features"
+    require(has_features, "gate_start = 'kmeans' needs features: a frozen trunk, or arch 'features'")
     alone = not (cfg.official and cfg.mu_gradient)
     require(alone, "the official code gives mu no gradient: official needs mu_gradient = false")
     rising = all(a < b for a, b in zip(edges, edges[1:], strict=False))

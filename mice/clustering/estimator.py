@@ -103,16 +103,18 @@ def frozen_settings(
     image_size: int | None = None,  # likewise, pixels
 ) -> dict:  # fields of a `Config` -> values
     "The settings that preset 'auto' chooses for the heads on a frozen trunk."
+    side = min(shape[:2])  # pixels
     batch_size = min(M, 64, max(8, power_of_two(M / 4)))
-    steps = max(2000, 250 * K)  # in all
+    steps = max(2000, 125 * K)  # in all
     epochs = epochs or min(max(math.ceil(steps / max(1, M // batch_size)), 5), 500)
     return dict(
         views="mild",
         crop_scale=0.4,
-        cached_views=6,
-        tau=1.0,
-        kappa=0.7,
-        image_size=image_size or min(max(min(shape[:2]), 32), 128),
+        cached_views=6 if M <= 10_000 else 3,
+        tau=0.5,
+        kappa=0.5,
+        gate_start="kmeans",
+        image_size=image_size or (160 if side >= 64 else max(side, 32)),  # the trunk enlarges the smallest
         dim=max(64, 1 << (K - 2).bit_length()),  # at least K - 1
         nu=min(512, power_of_two(0.6 * M)),
         ema=0.99,
@@ -134,8 +136,9 @@ def finetuning_settings(
     "The settings that preset 'auto' chooses for a pretrained trunk that goes on learning."
     epochs = epochs or min(max(10_000 // M, 5), 50)
     found = frozen_settings(M, shape, K, epochs, image_size)
-    side, batch_size = min(found["image_size"], 96), min(found["batch_size"], 32)
-    return found | dict(image_size=image_size or side, batch_size=batch_size, lr=0.03)
+    side, batch_size = min(found["image_size"], 160), min(found["batch_size"], 32)
+    changed = dict(image_size=image_size or side, batch_size=batch_size, lr=0.03, gate_start="random")
+    return found | changed
 
 # %% ../../nbs/clustering/01_estimator.ipynb #68296061
 def start_seeds(
@@ -273,7 +276,7 @@ def estimator_config(
         else:
             chosen = auto_settings(M, source.shape, device.type, K, **fixed)
     if is_warm_start(est):
-        kept = "arch trunk_hash frozen cached_views crop_scale image_size views dim tau kappa nu ema"
+        kept = "arch trunk_hash frozen gate_start cached_views crop_scale image_size views dim tau kappa nu ema"
         chosen |= {name: getattr(est.config_, name) for name in kept.split()}
     cfg = config_from(chosen | given | dict(seed=seed, device=str(device), dataset="X", data=""))
     if is_warm_start(est):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PIXELS_AT_ONCE', 'CHUNK', 'FrozenTrunk', 'feature_chunk', 'FeatureFile',
            'feature_key', 'feature_file', 'feature_seconds', 'chunks_with_bar', 'view_features', 'features_in_memory',
-           'plain_features', 'learns_from_features', 'measure_feature_seconds', 'training_inputs', 'prediction_inputs']
+           'plain_features', 'learns_from_features', 'measure_feature_seconds', 'training_inputs', 'prediction_inputs',
+           'feature_centroids']
 
 # %% ../../nbs/training/05_features.ipynb #fea00004
 import hashlib
@@ -21,6 +22,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from filelock import FileLock
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -305,3 +308,18 @@ def prediction_inputs(
     if not cfg.frozen or are_features(images):
         return images
     return plain_features(images, cfg, trunk)
+
+# %% ../../nbs/training/05_features.ipynb #a647c761
+def feature_centroids(
+    features: np.ndarray,  # (M, V, F), the plain image first
+    mean: Tensor,  # (F,) of all features
+    cfg: Config,
+    most: int = 10_000,  # images that k-means looks at, evenly spaced
+) -> tuple[Tensor, float]:  # (K, F) centroids; mean length of the vectors
+    "The centroids that k-means finds for the plain images, the mean of all features subtracted; mean length."
+    rows = features[:: math.ceil(len(features) / most), 0]
+    h = rows.astype(np.float32) - mean.cpu().numpy()
+    with cpu_threads(cfg.threads), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different images than clusters
+        kmeans = KMeans(cfg.n_clusters, n_init=10, random_state=cfg.seed % 2**32).fit(h)
+    return torch.from_numpy(kmeans.cluster_centers_).float(), float(np.linalg.norm(h, axis=1).mean())

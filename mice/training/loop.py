@@ -37,7 +37,7 @@ from ..gating import log_gate, simplex_prototypes, uniform_prototypes
 from ..mstep import PrototypeSum
 from ..normalizer import Queue
 from . import distributed, engine
-from .features import learns_from_features, prediction_inputs, training_inputs
+from .features import feature_centroids, learns_from_features, prediction_inputs, training_inputs
 from .health import Health, diagnose, new_warnings, one_line
 from .trunks import as_trunk, pretrained_trunk, trunk_under_heads
 
@@ -175,6 +175,20 @@ class MiCEModel(StudentTeacher):
     def loss_bounds(cfg: Config) -> tuple[float, float]:  # nats
         "The smallest and the largest possible loss."
         return loss_bounds(cfg.nu, cfg.tau)
+
+    @torch.no_grad()
+    def point_gate(
+        self,
+        centroids: Tensor,  # (K, F) of features
+        length: float,  # that the features have on average; the heads see them with length 1
+    ) -> None:
+        "Let the gate begin with the expert of the nearest centroid; its weights keep their norm."
+        solve = torch.linalg.pinv(unit(self.omega))  # (D, K)
+        weight, bias = solve @ centroids, solve @ (-centroids.square().sum(1) / 2 / length)  # (D, F), (D,)
+        heads, rows = self.student.heads, slice(self.omega.numel(), None)
+        if weight.any():  # otherwise all images are the same
+            scale = heads.weight[rows].norm() / weight.norm()
+            heads.weight[rows], heads.bias[rows] = scale * weight, scale * bias
 
     def start_training(self, cfg: Config) -> None:
         "A new optimiser, new sums, and the temperatures of `cfg`."
@@ -527,7 +541,10 @@ def new_model(
 ) -> StudentTeacher:
     "A model before training, for images of this scale."
     if are_features(images):
-        return kind(cfg, *channel_stats(images))
+        model = kind(cfg, *channel_stats(images))
+        if cfg.gate_start == "kmeans" and isinstance(model, MiCEModel):
+            model.point_gate(*feature_centroids(images, model.mean, cfg))
+        return model
     trunk = trunk or pretrained_trunk(cfg.arch)
     trunk = None if trunk is None else as_trunk(trunk)
     if trunk is None or trunk.mean is None:

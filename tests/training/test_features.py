@@ -28,12 +28,12 @@ from mice.clustering import estimator
 from mice.clustering.estimator import MiCE, estimator_config
 from mice.config import Config
 from mice.core import unit
-from mice.data.inputs import opened
+from mice.data.inputs import feature_source, opened
 from mice.data.views import render, sample_params, to_float
 from mice.training import features
 from mice.training.checkpoints import Checkpointer
 from mice.training.features import CHUNK, measure_feature_seconds, view_features
-from mice.training.loop import Callback
+from mice.training.loop import Callback, MiCEModel, new_model
 from mice.training.trunks import PRETRAINED, Trunk, Weights
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -330,6 +330,8 @@ def test_features_from_elsewhere_are_clustered(kind, tmp_path):
     np.testing.assert_array_equal(found.predict_proba(x[:, 0]), found.predict_proba(x))
     np.testing.assert_array_equal(found.predict(x[7:8, 0]), found.labels_[7:8])
     assert np.isfinite(found.score(x))
+    each = [found.predict_proba(x[:, i]) for i in range(3)]
+    np.testing.assert_array_equal(found.predict_proba(x, views=2), np.stack(each).mean(0))
     found.save(tmp_path / "model")
     again = MiCE.load(tmp_path / "model", "cpu")
     np.testing.assert_array_equal(again.predict_proba(x), found.predict_proba(x))
@@ -396,6 +398,43 @@ def test_what_does_not_fit_to_features_is_refused():
     for other in (X[..., :5], X[..., :1], np.concatenate([X, X], -1)):
         with pytest.raises(ValueError, match="16"):
             found.predict(other)
+    for x, views, says in ((X, 4, "less than the 4 views"), (X[:, 0], 1, "1 views"), (X, -1, "whole number")):
+        with pytest.raises(ValueError, match=says):
+            found.predict(x, views=views)
+
+
+# ---- where EM begins ----
+
+
+SIZES = [(2, 1, 3), (2, 8, 1), (3, 2, 20), (7, 6, 5), (10, 64, 40)]  # K, D, F
+STARTS = [(*sizes, "simplex") for sizes in SIZES]
+STARTS += [(*sizes, "uniform") for sizes in SIZES if sizes[1] >= sizes[0]]
+
+
+@pytest.mark.parametrize("K, D, F, omega", STARTS)
+def test_the_gate_begins_with_the_nearest_centroid(K, D, F, omega):
+    x = feature_source(np.random.RandomState(K + F).randn(50, 3, F)).read(0).images
+    cfg = Config(arch="features", n_clusters=K, dim=D, nu=32, gate_start="kmeans", omega_start=omega)
+    model, random = new_model(MiCEModel, x, cfg), new_model(MiCEModel, x, replace(cfg, gate_start="random"))
+    h = torch.from_numpy(x[:, 0]).float() - model.mean
+    centroids, length = features.feature_centroids(x, model.mean, cfg)
+    score = (unit(h) @ centroids.T - centroids.square().sum(1) / 2 / length).double()  # (50, K)
+    sure = score.topk(2).values.diff(dim=1).abs()[:, 0] > 1e-4
+    with torch.no_grad():
+        found = model.log_gate(model.student.gate(h)).argmax(1)
+    assert sure.sum() > 40
+    np.testing.assert_array_equal(found[sure], score.argmax(1)[sure])
+    distance = (h[:, None] - centroids).square().sum(-1)  # (50, K)
+    assert (found == distance.argmin(1)).double().mean() > 0.9, "lengths matter for few"
+    ours, theirs = (net.student.heads.weight.detach() for net in (model, random))
+    np.testing.assert_array_equal(ours[: K * D], theirs[: K * D], "the experts begin at random")
+    torch.testing.assert_close(ours[K * D :].norm(), theirs[K * D :].norm())
+
+
+def test_images_that_are_all_the_same_have_a_random_start():
+    x = feature_source(np.tile(np.float32([1, 2, 3]), (20, 3, 1))).read(0).images
+    cfg = Config(arch="features", n_clusters=2, dim=4, nu=32, gate_start="kmeans")
+    assert all(parameter.isfinite().all() for parameter in new_model(MiCEModel, x, cfg).parameters())
 
 
 # ---- photographs ----

@@ -73,6 +73,17 @@ def test_a_run_that_cannot_fit_is_refused_with_what_fits(monkeypatch):
     assert needs[0] <= 400 * MEGABYTE < needs[1], "the nearest that fits"
 
 
+def test_heads_on_features_take_no_memory_for_images():
+    "A batch of features and four copies of the heads, whatever the size of the images."
+    cfg = Config(
+        arch="efficientnet_lite0", frozen=True, image_size=32, n_clusters=4, dim=64, nu=512, batch_size=64
+    )
+    small = forecast.step_memory(cfg, 1280)
+    assert small == forecast.step_memory(replace(cfg, image_size=224), 1280)
+    heads = 4 * (5 * 64 * 1281 + 512 * 4 * 64)  # bytes: gate and experts, queue
+    assert heads < small.state < 4 * heads and small.peak < 12 * heads
+
+
 def test_a_gpu_that_is_too_small(monkeypatch):
     "No GPU is needed to count for one: half precision, the images there if they fit, the process beside it."
     cfg = Config(arch="small", image_size=16, dim=16, nu=1024, batch_size=1024)

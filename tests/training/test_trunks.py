@@ -69,7 +69,7 @@ def test_it_agrees_with_the_package_its_weights_are_from(pretrained):
     theirs.load_state_dict(read_weights(LITE0))
     theirs.eval()
     rng = torch.Generator().manual_seed(0)
-    for side in (224, 160, 96):
+    for side in (224, 192, 160):
         x = torch.randn(2, 3, side, side, generator=rng)
         expected = theirs.extract_features(x).mean((2, 3))  # (2, 1280)
         torch.testing.assert_close(ours(x), expected, atol=1e-4, rtol=0)
@@ -94,10 +94,10 @@ def test_small_images_are_enlarged_and_larger_ones_are_not(pretrained):
     net, _ = pretrained
     seen = []
     handle = net.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
-    for side in (1, 32, 47, 95, 96, 97):
+    for side in (1, 32, 47, 159, 160, 161):
         net(torch.zeros(1, 3, side, side))
     handle.remove()
-    assert seen == [96, 96, 96, 96, 96, 97]
+    assert seen == [160, 160, 160, 160, 160, 161]
 
 
 class Trap:
