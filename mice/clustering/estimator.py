@@ -276,8 +276,9 @@ def estimator_config(
         else:
             chosen = auto_settings(M, source.shape, device.type, K, **fixed)
     if is_warm_start(est):
-        kept = "arch trunk_hash frozen gate_start cached_views crop_scale image_size views dim tau kappa nu ema"
+        kept = "arch trunk_hash frozen cached_views crop_scale image_size views dim tau kappa nu ema"
         chosen |= {name: getattr(est.config_, name) for name in kept.split()}
+        chosen["gate_start"] = "random"  # it starts where the model is
     cfg = config_from(chosen | given | dict(seed=seed, device=str(device), dataset="X", data=""))
     if is_warm_start(est):
         check_same_model(est.config_, cfg)
@@ -441,7 +442,7 @@ def image_and_views(
         for rows in chunks(images):
             x = torch.from_numpy(np.ascontiguousarray(images[rows]))
             found = augment(x, "predict", rows.start, i, views=cfg.views, crop_scale=cfg.crop_scale)
-            view[rows] = found.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+            view[rows] = found.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
         yield view
 
 # %% ../../nbs/clustering/01_estimator.ipynb #e0000002
