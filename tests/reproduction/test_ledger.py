@@ -13,9 +13,9 @@ from mice.reproduction.ledger import Row, read_rows, row_path, run_name, write_r
 LEDGER = ROOT / "results" / "ledger"
 FILES = sorted(LEDGER.glob("*.json"))
 KEYS = """
-    commit compile config dataset dataset_sha256 device diagnostics environment epochs feature_seconds finished
-    health images_per_second loss_curve method metrics notes other_features peak_memory_bytes precision processes
-    protocol seconds seed stages warnings
+    commit compile config dataset dataset_sha256 device diagnostics environment epochs feature_seconds
+    finished health images_per_second loss_curve method metrics notes other_features peak_memory_bytes
+    precision processes protocol seconds seed stages warnings
 """.split()
 
 
