@@ -229,9 +229,7 @@ TRAINING = [
         ["--n-init", "n_init"],
         type=int,
         metavar="N",
-        default=1,
-        show_default=True,
-        help="Train this often, keep the run with the lowest loss.",
+        help="Train this often, keep the run with the lowest loss.  [default: 3 on a frozen trunk, otherwise 1]",
     ),
     click.Option(
         ["--seed"],
@@ -310,6 +308,7 @@ def cluster_command(folder, out, k, epochs, size, trunk, settings, as_json, dry_
     named = dict(epochs=epochs, image_size=size, trunk=trunk)
     given = {name: value for name, value in named.items() if value is not None}
     number = int(k) if k.isdecimal() else k
+    options = {name: value for name, value in options.items() if value is not None}
     options = command.ClusterOptions(number, settings=parse_settings(settings) | given, **options)
     out = out or Path(f"{folder.resolve().name}-clusters")
     with command_output(quiet):

@@ -252,18 +252,16 @@ def with_palette(
 # %% ../nbs/reproduction/06_figures.ipynb #1ece1c82
 def save(
     fig: plt.Figure,  # any figure
-    path: str | Path,  # ends in .png, or, for photographs, in .jpg; the folder is created
-    largest: int = 60_000,  # bytes; a larger PNG gets 256 colours, or 128 or 64 if that brings it below
+    path: str | Path,  # ends in .png; the folder is created
+    largest: int = 60_000,  # bytes; a larger picture gets 256 colours, or 128 or 64 if that brings it below
+    scale: float = 1,  # of the resolution
 ) -> Path:  # the file
-    "Write a small PNG, or a JPEG with twice as many pixels a side."
+    "Write a small PNG."
     path = Path(path)
     png = io.BytesIO()
-    require(path.suffix in (".png", ".jpg"), f"path must end in .png or .jpg, got {path.name!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jpg":
-        fig.savefig(path, dpi=2 * fig.dpi, pil_kwargs=dict(quality=80, optimize=True))
-        return path
-    fig.savefig(png, format="png", metadata={"Software": None})
+    require(path.suffix == ".png", f"path must end in .png, got {path.name!r}")
+    fig.savefig(png, format="png", dpi=scale * fig.dpi, metadata={"Software": None})
     files = [png.getvalue(), *(with_palette(png.getvalue(), colours) for colours in (256, 128, 64))]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(next((file for file in files if len(file) <= largest), files[1]))
     return path

@@ -36,7 +36,7 @@ from ..training import distributed
 from ..training.forecast import forecast
 from ..training.loop import Prediction, flat_embeddings
 from . import outputs
-from .estimator import CONFIG_NAME, MODEL_FORMAT, TUNED, FitData, MiCE, prepare_fit
+from .estimator import CONFIG_NAME, MODEL_FORMAT, TUNED, FitData, MiCE, count_starts, prepare_fit
 from .outputs import count_clusters, count_lines, table_rows
 from .selection import comparison_table, draw_scores, recommend
 
@@ -45,7 +45,7 @@ class ClusterOptions(NamedTuple):
     "What a user asks for, besides images and a place for the result."
     k: int | str = 10  # clusters, or several to choose from: '5..20', 'auto'
     seed: int = 0
-    n_init: int = 1  # starts; the one with the smallest loss is kept
+    n_init: int | str = "auto"  # starts, of which the smallest loss is kept
     preset: str = "auto"
     settings: dict = {}  # parameters of `MiCE` that its preset would decide, such as epochs
     device: str = "auto"
@@ -288,6 +288,7 @@ def cluster(
     data = prepare_fit(est, source)
     for warning in data.warnings:
         notify(warning)
+    options = options._replace(n_init=data.n_init)
     est, prediction = fit_or_load(est, source, data, out, options, notify)
     rows = write_results(est, data.read, prediction, folder, out, options, notify)
     return dict(
@@ -330,7 +331,7 @@ def plan(
     data = prepare_fit(est, source)
     cfg = data.config(est, options.seed, n_clusters=data.ks[-1])
     cost = forecast(data.images, cfg)
-    trials = len(data.ks) * max(3, options.n_init) / 3 if len(data.ks) > 1 else 0
+    trials = len(data.ks) * len(data.seeds) / 3 if len(data.ks) > 1 else 0
     return dict(
         images=len(data.images),
         skipped=len(skipped_files(data.read.notes)),
@@ -338,7 +339,7 @@ def plan(
         n_clusters=data.ks,
         host_bytes=cost.host_bytes,
         device_bytes=cost.device_bytes,
-        seconds=round(cost.seconds * (options.n_init + trials), 1),
+        seconds=round(cost.seconds_of(data.n_init + trials), 1),
         settings=asdict(cfg),
     )
 
@@ -421,7 +422,7 @@ def model_info(
         health=est.health_._asdict() if est.health_ else None,
         warnings=est.warnings_,
         preset=est.preset,
-        n_init=est.n_init,
+        n_init=count_starts(est, cfg),
         settings=asdict(cfg),
     )
 

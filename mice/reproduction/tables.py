@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER_DATASETS', 'ABLATIONS', 'TABLE_METHODS', 'PRETRAINED_TITLES', 'NOT_RUN', 'RUN_COLUMNS', 'ABLATION_COLUMNS',
-           'PRETRAINED_COLUMNS', 'COST_COLUMNS', 'TABLE_HEADINGS', 'paper_table1', 'dataset_title', 'Ablation',
-           'decisive_settings', 'variant', 'Group', 'group_runs', 'select_groups', 'expand_features',
+           'PRETRAINED_COSTS', 'PRETRAINED_COLUMNS', 'COST_COLUMNS', 'TABLE_HEADINGS', 'paper_table1', 'dataset_title',
+           'Ablation', 'decisive_settings', 'variant', 'Group', 'group_runs', 'select_groups', 'expand_features',
            'why_not_comparable', 'TableMethod', 'other_settings', 'differences_from_paper', 'representative',
            'Measured', 'measured', 'number_or', 'mean_and_std', 'brace_seeds', 'source_rows', 'blank_repeats',
            'narrow_table1', 'as_text', 'row_link', 'source_item', 'as_html', 'our_cells', 'our_lines', 'table1',
@@ -116,6 +116,10 @@ class Group(NamedTuple):
         "Mean, standard deviation and best of a score in per cent, None where there are no labels."
         found = mean_std_best([row.metrics[score] for row in self.rows])
         return tuple(None if value is None else 100 * value for value in found)
+
+    def mean(self, name: str) -> float:
+        "The mean of a field of the rows."
+        return float(np.mean([getattr(row, name) for row in self.rows]))
 
     @property
     def names(self) -> tuple:
@@ -517,7 +521,9 @@ def table_of_lines(
     names: list[str],  # of the labels
     columns: list[str],
 ) -> pd.DataFrame:
-    "A table of text."
+    "A table of text; without lines it has one, 'not run'."
+    if not lines:
+        labels, lines = [("-",) * len(names)], [dict.fromkeys(columns, measured("", None))]
     index = pd.MultiIndex.from_tuples(labels, names=names)
     return pd.DataFrame(lines, index, columns, dtype=object)
 
@@ -591,20 +597,20 @@ def ablation_table(
     return table_of_lines(labels, lines, ["base", "variant", "model"], ABLATION_COLUMNS)
 
 # %% ../../nbs/reproduction/05_tables.ipynb #b7a66158
-PRETRAINED_COLUMNS = ["n", "epochs", *map(str.upper, METRICS), "features (s)", "method (s)", "images/s"]
+PRETRAINED_COSTS = {  # column: field of a row
+    "features (s)": "feature_seconds",
+    "method (s)": "seconds",
+    "images/s": "images_per_second",
+}
+PRETRAINED_COLUMNS = ["n", "epochs", *map(str.upper, METRICS), *PRETRAINED_COSTS]
 
 
 def pretrained_line(
     group: Group,  # runs on a pretrained trunk
 ) -> dict:  # column: cell
     "Scores of a group of runs, and how long they took."
-    def mean(name):
-        return f"{np.mean([getattr(row, name) for row in group.rows]):,.0f}"
-
-    costs = [mean("feature_seconds"), mean("seconds"), mean("images_per_second")]
-    return run_line(group) | {
-        column: measured(text, group) for column, text in zip(PRETRAINED_COLUMNS[-3:], costs, strict=True)
-    }
+    costs = {column: f"{group.mean(name):,.0f}" for column, name in PRETRAINED_COSTS.items()}
+    return run_line(group) | {column: measured(text, group) for column, text in costs.items()}
 
 
 def pretrained_table(
@@ -627,8 +633,6 @@ def pretrained_table(
             title += ", trained trunk"
         labels.append((dataset_title(group.dataset), title, group.hash))
         lines.append(pretrained_line(group))
-    if not lines:
-        labels, lines = [("-", "-", "-")], [dict.fromkeys(PRETRAINED_COLUMNS, measured("", None))]
     return table_of_lines(labels, lines, ["dataset", "method", "hash"], PRETRAINED_COLUMNS)
 
 # %% ../../nbs/reproduction/05_tables.ipynb #0c7c9e99
@@ -639,17 +643,14 @@ def cost_line(
     group: Group,  # any runs
 ) -> dict:  # column: cell
     "What a run of the group cost, on average."
-    def mean(name):
-        return float(np.mean([getattr(row, name) for row in group.rows]))
-
     hours, speed = "-", "-"
     if group.is_trained:
-        speed = f"{mean('images_per_second'):.0f}"
+        speed = f"{group.mean('images_per_second'):.0f}"
         if not why_not_comparable(group.settings):
             factor = PAPER_DATASETS.epochs[group.dataset] / group.settings["epochs"]
-            hours = f"{mean('seconds') / 3600 * factor:.1f}"
+            hours = f"{group.mean('seconds') / 3600 * factor:.1f}"
     devices = {str(row.environment.get("device", row.device)) for row in group.rows}
-    minutes, memory = f"{mean('seconds') / 60:.1f}", f"{mean('peak_memory_bytes') / 1e9:.1f}"
+    minutes, memory = f"{group.mean('seconds') / 60:.1f}", f"{group.mean('peak_memory_bytes') / 1e9:.1f}"
     n = str(len(group.rows))
     epochs = epochs_of_paper(group)
     texts = [n, epochs, minutes, speed, memory, ", ".join(sorted(devices)), hours]
@@ -663,9 +664,6 @@ def cost_table(
     groups = group_runs(rows)
     labels = [(dataset_title(group.dataset), method_title(group), group.hash) for group in groups]
     lines = [cost_line(group) for group in groups]
-    if not groups:
-        labels = [("-", "-", "-")]
-        lines = [dict.fromkeys(COST_COLUMNS, measured("", None))]
     return table_of_lines(labels, lines, ["dataset", "method", "hash"], COST_COLUMNS)
 
 # %% ../../nbs/reproduction/05_tables.ipynb #92d66668

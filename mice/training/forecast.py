@@ -276,6 +276,10 @@ class Forecast(NamedTuple):
     device_free: int
     feature_seconds: float = 0.0  # the part of `seconds` that a frozen trunk takes, before the first epoch
 
+    def seconds_of(self, runs: float) -> float:
+        "As `seconds`, for several runs on the features of one pass of the trunk."
+        return self.feature_seconds + runs * (self.seconds - self.feature_seconds)
+
 # %% ../../nbs/training/10_forecast.ipynb #5c5d8f4d
 def forecast(
     images: np.ndarray,  # (M, H, W, C) uint8, at the size of the run, or features of their views

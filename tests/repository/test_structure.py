@@ -207,7 +207,7 @@ def test_only_sources_under_nbs():
     "Everything under nbs/ is copied to the site."
     files = (path.relative_to(NBS) for path in NBS.rglob("*") if path.is_file())
     visible = [path for path in files if not any(part[0] in "._" for part in path.parts[:-1])]
-    allowed = r"(.+\.(ipynb|ya?ml|md|css|bib|png|jpg|svg)|\.gitignore|_quarto\.yml|nbdev\.yml)"
+    allowed = r"(.+\.(ipynb|ya?ml|md|css|bib|png|svg)|\.gitignore|_quarto\.yml|nbdev\.yml)"
     assert not [path for path in visible if not re.fullmatch(allowed, path.name)]
 
 

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from house import NBS, ROOT, mice, sets
 
 from mice.cli import main
+from mice.clustering.estimator import pretrained_settings
 from mice.config import Config, config_from
 from mice.data.datasets import load_dataset
 from mice.data.images import digits
@@ -149,6 +150,20 @@ def test_every_experiment_is_valid_and_says_what_it_is():
     for name in files:
         config_from(experiment(name))
 
+
+@pytest.mark.parametrize(
+    ("name", "M", "side", "K"),
+    [
+        ("clothing", 3781, 400, 10),
+        ("weather", 1121, 300, 4),
+        ("cifar10", 60_000, 32, 10),
+        ("cifar100-20", 60_000, 32, 20),
+    ],
+)
+def test_on_a_frozen_trunk_they_have_the_settings_that_a_user_gets(name, M, side, K):
+    values = asdict(config_from(experiment(f"{name}-frozen")))
+    expected = pretrained_settings(M, (side, side, 3), K)
+    assert {field: values[field] for field in expected} == expected and values["n_clusters"] == K
 
 def test_a_dry_run_prints_every_parameter_and_runs_nothing(tmp_path):
     code, printed, _ = call("digits", "--dry-run", "--seed", 7, "--out", tmp_path, *sets(**FEW))

