@@ -108,7 +108,7 @@ def pretrained_settings(
         epochs = epochs or min(max(10_000 // M, 5), 50)
     side = min(shape[:2])  # pixels
     batch_size = min(M, 64, max(8, power_of_two(M / 4)))
-    steps = max(1000, 125 * K)  # in all
+    steps = 1000 + 100 * K  # in all
     epochs = epochs or min(max(math.ceil(steps / max(1, M // batch_size)), 5), 500)
     settings = dict(
         views="mild",
