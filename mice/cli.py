@@ -227,9 +227,9 @@ TRAINING = [
     ),
     click.Option(
         ["--n-init", "n_init"],
-        type=int,
         metavar="N",
-        help="Train this often, keep the run with the lowest loss.  [default: 3 on a frozen trunk, otherwise 1]",
+        default="auto",
+        help="Train this often, keep the lowest loss.  [default: 3 on a frozen trunk, otherwise 1]",
     ),
     click.Option(
         ["--seed"],
@@ -293,7 +293,7 @@ class ClusterCommand(click.Command):
         *RUNNING,
     ],
 )
-def cluster_command(folder, out, k, epochs, size, trunk, settings, as_json, dry_run, quiet, **options):
+def cluster_command(folder, out, k, n_init, epochs, size, trunk, settings, as_json, dry_run, quiet, **rest):
     """Sort the images below FOLDER into clusters.
 
     Writes a table (clusters.csv), an HTML report (report.html) and the model; FOLDER is not changed.
@@ -307,9 +307,9 @@ def cluster_command(folder, out, k, epochs, size, trunk, settings, as_json, dry_
         raise ValueError(f"mice cluster is one process; {advice}")
     named = dict(epochs=epochs, image_size=size, trunk=trunk)
     given = {name: value for name, value in named.items() if value is not None}
-    number = int(k) if k.isdecimal() else k
-    options = {name: value for name, value in options.items() if value is not None}
-    options = command.ClusterOptions(number, settings=parse_settings(settings) | given, **options)
+    number, starts = (int(text) if text.isdecimal() else text for text in (k, n_init))
+    given = parse_settings(settings) | given
+    options = command.ClusterOptions(number, n_init=starts, settings=given, **rest)
     out = out or Path(f"{folder.resolve().name}-clusters")
     with command_output(quiet):
         if dry_run:

@@ -184,9 +184,12 @@ def check_parameters(
     known, starts = est.preset in ("auto", "paper"), est.n_init
     require(known, f"preset must be 'auto' or 'paper', got {est.preset!r}")
     fits = isinstance(starts, Integral) and starts >= 1
-    require(fits or starts == "auto", f"n_init must be 'auto' or a whole number of at least 1, got {starts!r}")
+    wanted = "n_init must be 'auto' or a whole number of at least 1"
+    require(fits or starts == "auto", f"{wanted}, got {starts!r}")
     several_starts = fits and starts > 1
     require(not (est.warm_start and several_starts), f"{one_model}: n_init must be 1, got {starts}")
+    known = est.frozen is None or isinstance(est.frozen, (bool, np.bool_))
+    require(known, f"frozen must be True, False or None, got {est.frozen!r}")
     wanted = f"{one_model}: n_clusters must be one number, got {est.n_clusters!r}"
     require(not (est.warm_start and several), wanted)
     both = est.checkpoint_dir and est.warm_start
@@ -276,7 +279,8 @@ def estimator_config(
         else:
             chosen = auto_settings(M, source.shape, device.type, K, **fixed)
     if is_warm_start(est):
-        kept = "arch trunk_hash frozen cached_views crop_scale image_size views dim tau kappa nu ema gate_start"
+        kept = "arch trunk_hash frozen gate_start cached_views crop_scale image_size views"
+        kept += " dim tau kappa nu ema"
         chosen |= {name: getattr(est.config_, name) for name in kept.split()}
     cfg = config_from(chosen | given | dict(seed=seed, device=str(device), dataset="X", data=""))
     if is_warm_start(est):
@@ -291,6 +295,8 @@ def check_batching(
     "ValueError for settings that cannot work; warnings about those that may be unwise."
     N, found = cfg.batch_size, []
     require(M >= N, f"batch_size must be at most the number of images, {M}, got {N}")
+    if cfg.frozen and cfg.cached_views == 0:
+        found.append("cached_views = 0: without views the heads on a frozen trunk learn little")
     if cfg.nu > 2 * M:
         epochs = f"nu = {cfg.nu} negatives are {cfg.nu / M:.0f} epochs of {M} images"
         found.append(f"{epochs}: the queue would hold most images several times; choose nu at most {M}")
@@ -393,7 +399,8 @@ def fit_once(
     if est.checkpoint_dir is not None:
         name = f"trials/k{cfg.n_clusters}-seed{cfg.seed}" if trial else f"seed{cfg.seed}"
         folder = Path(est.checkpoint_dir).expanduser() / name
-        callbacks = [*callbacks, Checkpointer(folder, cfg.checkpoint_seconds)]  # saves what the others did
+        keeper = Checkpointer(folder, cfg.checkpoint_seconds, at_end=not trial)
+        callbacks = [*callbacks, keeper]  # it saves what the others did
     if is_warm_start(est):
         return loop.train(deepcopy(est.model_), images, cfg, callbacks, progress)
     return loop.fit(images, cfg, callbacks, progress, own_network(est))
@@ -479,7 +486,7 @@ class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         batch_size: int | None = None,  # images in a step
         lr: float | None = None,  # peak learning rate
         warmup: int | None = None,  # epochs of linear warm-up
-        n_init: int | str = "auto",  # starts, of which the smallest final loss is kept; 3 or 1 (`count_starts`)
+        n_init: int | str = "auto",  # starts; the one with the smallest final loss is kept
         random_state: object = None,  # whole number, RandomState, or None for another result each time
         warm_start: bool = False,  # fit starts from the model of the last fit
         checkpoint_dir: object = None,  # folder from which an interrupted fit resumes

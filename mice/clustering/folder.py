@@ -380,6 +380,8 @@ def predict_folder(
 ) -> tuple[list[tuple], tuple[Note, ...]]:  # rows as from `table_rows`, and what was skipped
     "The clusters of the images below a folder; several processes share the work."
     est, _ = open_model(model, distributed.local_device(device))
+    advice = "give MiCE.predict their features in Python"
+    require(est.config_.arch != "features", f"{model} learned from features, not from images: {advice}")
     source = opened(folder, threads=threads, skip=RUN_FILE)
     ranks = distributed.world_size()
     S = est.config_.image_size
@@ -432,8 +434,10 @@ def model_info_lines(
 ) -> list[str]:
     "The same as text, shorter: what the model is, how it was trained, and its clusters."
     size = f"{facts['bytes'] / 1e6:.1f} MB, format {facts['format']}, read by mice {facts['mice']}"
-    kind = f"{'colour' if facts['channels'] == 3 else 'grey'} images"
     side = facts["image_size"]
+    kind = f"{'colour' if facts['channels'] == 3 else 'grey'} images at {side} x {side} pixels"
+    if facts["settings"]["arch"] == "features":
+        kind = "images whose features you gave"
     trained = "elsewhere"
     if facts["epochs"]:
         trained = f"{plural(facts['epochs'], 'epoch')} on {facts['images']:,} images"
@@ -443,7 +447,7 @@ def model_info_lines(
     settings = ", ".join(f"{name} {values[CONFIG_NAME.get(name, name)]}" for name in shown)
     lines = [
         f"model     {facts['model']}, {size}",
-        f"clusters  {facts['n_clusters']}, of {kind} at {side} x {side} pixels",
+        f"clusters  {facts['n_clusters']}, of {kind}",
         f"trained   {trained}, preset {facts['preset']}, {plural(facts['n_init'], 'start')}",
         f"settings  {settings}",
         f"warnings  {'; '.join(facts['warnings']) or 'none'}",

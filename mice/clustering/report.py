@@ -37,7 +37,7 @@ from ..metrics import most_and_least_certain
 from ..text import plural, printable
 from ..training.health import one_line
 from ..training.loop import Prediction, flat_embeddings
-from .estimator import MiCE, describe_trunk
+from .estimator import MiCE, count_starts, describe_trunk
 
 # %% ../../nbs/clustering/04_report.ipynb #e767e08e
 class Findings(NamedTuple):
@@ -64,14 +64,15 @@ def describe_settings(
     cfg, here = est.config_, environment(est.config_.device)
     packages = [f"{name} {here[name]}" for name in ("python", "torch", "numpy", "scikit-learn")]
     minutes = sum(epoch.seconds for epoch in est.history_) / 60
-    threads = plural(cfg.threads, "CPU thread")
+    threads, starts = plural(cfg.threads, "CPU thread"), count_starts(est, cfg)
+    which = f", the best of {starts} starts" if starts > 1 else ""
     steps = f"{plural(est.n_iter_, 'epoch')} in batches of {cfg.batch_size}"
     return {
         "Images": f"{M:,}, seen at {cfg.image_size} x {cfg.image_size} pixels through {cfg.views} views",
         "Method": f"MiCE with {cfg.n_clusters} clusters, {describe_trunk(cfg)}, embeddings of size {cfg.dim}",
-        "Training": f"{steps}, peak learning rate {cfg.lr:g}, seed {cfg.seed}",
+        "Training": f"{steps}, peak learning rate {cfg.lr:g}, seed {cfg.seed}{which}",
         "Model": f"tau {cfg.tau:g}, kappa {cfg.kappa:g}, queue of {cfg.nu:,}, EMA {cfg.ema:g}",
-        "Time": f"{minutes:.1f} minutes on {here['device']}, {threads}",
+        "Time": f"{minutes:.1f} minutes of training on {here['device']}, {threads}",
         "Health at the end": one_line(est.health_) if est.health_ else "not recorded",
         "Versions": ", ".join([*packages, f"mice {__version__}"]),
     }

@@ -286,6 +286,8 @@ def resume(
         advice = "name another folder, or delete it"
         require(not others, f"the checkpoint is of another run: {'; '.join(others)}; {advice}")
         place = f"resumed from epoch {run.epoch}, step {run.step}"
+        if run.epoch > run.cfg.epochs:
+            place = f"trained before: all {run.cfg.epochs} epochs"
         return [*messages, *environment_differences(facts, run), place]
     return messages
 
@@ -411,9 +413,11 @@ class Checkpointer(Callback):
         folder: str | Path,  # of the checkpoints of this run, and of no other
         every: float = 60.0,  # seconds at least between two saves
         notify: Callable[[str], None] = print,  # takes a message for the user
+        at_end: bool = False,  # also save the trained run, of which there will be others
     ):
         self.folder = Path(folder)
         self.every = every
+        self.at_end = at_end
         self.notify = notify
         self.signal = 0  # the number of the signal that asked to stop
         self.saved_at = time.monotonic()
@@ -476,6 +480,8 @@ class Checkpointer(Callback):
         raise stopped(f"stopped in epoch {run.epoch} after step {run.step} {state}")
 
     def on_train_end(self, run: Run, error: BaseException | None) -> None:
+        if self.at_end and error is None:
+            self.save(run)
         self.wait()
         self.stack.close()
         if isinstance(error, FloatingPointError):

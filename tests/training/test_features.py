@@ -508,6 +508,12 @@ def test_the_trunk_suits_the_images_and_the_wishes(given, channels, expected):
     assert (cfg.arch, cfg.frozen, cfg.views) == expected
 
 
+@pytest.mark.parametrize("frozen", ["maybe", "False", 0, 1.0])
+def test_frozen_is_true_or_false(frozen):
+    with pytest.raises(ValueError, match="frozen must be True, False or None, got"):
+        MiCE(2, trunk=Net(), frozen=frozen).fit(pictures(20))
+
+
 def test_a_frozen_trunk_that_cannot_be_is_refused():
     for trunk in ("small", "features"):
         with pytest.raises(ValueError, match="has learned: arch efficientnet_lite0, or a module of your own"):
@@ -535,7 +541,7 @@ class StopAfter(Callback):
 
 
 def test_a_fit_that_failed_resumes_to_the_same_bits(log, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(estimator, "Checkpointer", lambda folder, every: Checkpointer(folder, 0))
+    monkeypatch.setattr(estimator, "Checkpointer", lambda place, _, **how: Checkpointer(place, 0, **how))
     images, settings = pictures(40), QUICK | dict(trunk=Net(log), frozen=True, epochs=5)
     with pytest.raises(Stop):
         MiCE(**settings, checkpoint_dir=tmp_path / "runs", callbacks=[StopAfter(3)]).fit(images)
@@ -545,6 +551,25 @@ def test_a_fit_that_failed_resumes_to_the_same_bits(log, tmp_path, monkeypatch, 
     whole = MiCE(**settings).fit(images)
     assert again.loss_curve_ == whole.loss_curve_
     np.testing.assert_array_equal(again.predict_proba(images), whole.predict_proba(images))
+
+
+def test_after_an_interruption_a_start_that_was_finished_is_not_trained_again(tmp_path):
+    begun, images = [], pictures(40)
+
+    class Count(Callback):
+        def on_epoch_start(self, run):
+            begun.append(run.epoch)
+            if len(begun) == 6:
+                raise Stop
+
+    settings = QUICK | dict(trunk=Net(), frozen=True, epochs=4, n_init=2)
+    resumed = MiCE(**settings, checkpoint_dir=tmp_path, callbacks=[Count()])
+    with pytest.raises(Stop):
+        resumed.fit(images)
+    assert begun == [1, 2, 3, 4, 1, 2]
+    resumed.fit(images)
+    assert begun[6:] == [1, 2, 3, 4], "of the second start"
+    assert resumed.start_losses_ == MiCE(**settings).fit(images).start_losses_
 
 
 @pytest.mark.parametrize(("given", "starts"), [({}, 3), (dict(n_init=2), 2)])
