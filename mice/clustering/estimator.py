@@ -243,11 +243,11 @@ def missing_trunk(
 
 def check_same_model(
     old: Config,  # of the existing model
-    new: Config,
+    settings: dict,  # field of `Config` -> value, of the warm start
 ) -> None:
     "ValueError unless a warm start keeps the sizes of the model."
     for name in ("arch", "trunk_hash", "frozen", "n_clusters", "dim", "nu"):
-        was, now = getattr(old, name), getattr(new, name)
+        was, now = getattr(old, name), settings[name]
         require(was == now, f"warm_start continues the existing model: {name} must stay {was!r}, got {now!r}")
 
 # %% ../../nbs/clustering/01_estimator.ipynb #03798b8e
@@ -282,10 +282,8 @@ def estimator_config(
         kept = "arch trunk_hash frozen gate_start cached_views crop_scale image_size views"
         kept += " dim tau kappa nu ema"
         chosen |= {name: getattr(est.config_, name) for name in kept.split()}
-    cfg = config_from(chosen | given | dict(seed=seed, device=str(device), dataset="X", data=""))
-    if is_warm_start(est):
-        check_same_model(est.config_, cfg)
-    return cfg
+        check_same_model(est.config_, chosen | given)
+    return config_from(chosen | given | dict(seed=seed, device=str(device), dataset="X", data=""))
 
 # %% ../../nbs/clustering/01_estimator.ipynb #20b0927b
 def check_batching(

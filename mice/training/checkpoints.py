@@ -287,7 +287,7 @@ def resume(
         require(not others, f"the checkpoint is of another run: {'; '.join(others)}; {advice}")
         place = f"resumed from epoch {run.epoch}, step {run.step}"
         if run.epoch > run.cfg.epochs:
-            place = f"trained before: all {run.cfg.epochs} epochs"
+            place = f"resumed from the end of all {run.cfg.epochs} epochs"
         return [*messages, *environment_differences(facts, run), place]
     return messages
 

@@ -119,8 +119,8 @@ from mice.data.images import digits
 class Deadly(e.Checkpointer):
     runs = 0
 
-    def __init__(self, folder, every):
-        super().__init__(folder, every=1e-9)
+    def __init__(self, folder, every, **how):
+        super().__init__(folder, every=1e-9, **how)
 
     def on_train_start(self, run):
         super().on_train_start(run)
