@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIG_NAME', 'TUNED', 'MODEL_FORMAT', 'NOT_SAVED', 'READ_ERRORS', 'power_of_two', 'auto_settings',
-           'pretrained_settings', 'start_seeds', 'own_network', 'given_features', 'is_warm_start', 'count_starts',
+           'pretrained_settings', 'start_seeds', 'own_network', 'given_features', 'is_warm_start', 'n_starts',
            'check_parameters', 'channels_of', 'trunk_settings', 'suits_pretrained', 'missing_trunk', 'check_same_model',
            'estimator_config', 'check_batching', 'describe_trunk', 'describe_plan', 'FitData', 'prepare_fit',
            'fit_once', 'compare_trials', 'image_and_views', 'MiCE', 'to_json', 'saved_parameters', 'model_facts',
@@ -165,7 +165,7 @@ def is_warm_start(
     return est.warm_start and hasattr(est, "model_")
 
 
-def count_starts(
+def n_starts(
     est: BaseEstimator,  # a `MiCE`
     cfg: Config,
 ) -> int:  # of trainings, each from other random weights
@@ -369,7 +369,7 @@ def prepare_fit(
     ks = candidates(est.n_clusters, source.count)
     network = trunk_settings(est, source) if own_network(est) else {}
     cfgs = [estimator_config(est, source, 0, n_clusters=K, **network) for K in reversed(ks)]
-    n_init = count_starts(est, cfgs[0])
+    n_init = n_starts(est, cfgs[0])
     seeds = start_seeds(est.random_state, max(3, n_init))
     read = source.read(cfgs[0].image_size)
     count = len(read.images)

@@ -36,7 +36,7 @@ from ..training import distributed
 from ..training.forecast import forecast
 from ..training.loop import Prediction, flat_embeddings
 from . import outputs
-from .estimator import CONFIG_NAME, MODEL_FORMAT, TUNED, FitData, MiCE, count_starts, prepare_fit
+from .estimator import CONFIG_NAME, MODEL_FORMAT, TUNED, FitData, MiCE, n_starts, prepare_fit
 from .outputs import count_clusters, count_lines, table_rows
 from .selection import comparison_table, draw_scores, recommend
 
@@ -424,7 +424,7 @@ def model_info(
         health=est.health_._asdict() if est.health_ else None,
         warnings=est.warnings_,
         preset=est.preset,
-        n_init=count_starts(est, cfg),
+        n_init=n_starts(est, cfg),
         settings=asdict(cfg),
     )
 
