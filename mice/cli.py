@@ -306,9 +306,8 @@ def cluster_command(folder, out, k, n_init, epochs, size, trunk, settings, as_js
         advice = "to train on several, give the folder to mice reproduce: --set dataset=FOLDER"
         raise ValueError(f"mice cluster is one process; {advice}")
     named = dict(epochs=epochs, image_size=size, trunk=trunk)
-    given = {name: value for name, value in named.items() if value is not None}
+    given = parse_settings(settings) | {name: value for name, value in named.items() if value is not None}
     number, starts = (int(text) if text.isdecimal() else text for text in (k, n_init))
-    given = parse_settings(settings) | given
     options = command.ClusterOptions(number, n_init=starts, settings=given, **rest)
     out = out or Path(f"{folder.resolve().name}-clusters")
     with command_output(quiet):

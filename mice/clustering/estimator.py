@@ -104,31 +104,28 @@ def pretrained_settings(
     frozen: bool = True,  # the heads alone learn
 ) -> dict:  # fields of a `Config` -> values
     "The settings that preset 'auto' chooses for a pretrained trunk, or for features of the user's own."
-    if not frozen:
-        epochs = epochs or min(max(10_000 // M, 5), 50)
     side = min(shape[:2])  # pixels
-    batch_size = min(M, 64, max(8, power_of_two(M / 4)))
-    steps = 1000 + 100 * K  # in all
-    epochs = epochs or min(max(math.ceil(steps / max(1, M // batch_size)), 5), 500)
-    settings = dict(
+    batch_size = min(M, 64 if frozen else 32, max(8, power_of_two(M / 4)))
+    steps = 1000 + 100 * K  # in all, where they are cheap
+    affordable = min(math.ceil(steps / max(1, M // batch_size)), 500) if frozen else min(10_000 // M, 50)
+    epochs = epochs or max(affordable, 5)
+    return dict(
         views="mild",
         crop_scale=0.4,
         cached_views=6 if M <= 10_000 else 3,
         tau=0.5,
         kappa=0.5,
-        gate_start="kmeans",
+        gate_start="kmeans" if frozen else "random",
         image_size=image_size or (160 if side >= 64 else max(side, 32)),  # the trunk enlarges the smallest
         dim=max(64, 1 << (K - 2).bit_length()),  # at least K - 1
         nu=min(512, power_of_two(0.6 * M)),
         ema=0.99,
         epochs=epochs,
         batch_size=batch_size,
-        lr=0.5,
+        lr=0.5 if frozen else 0.03,
         warmup=max(1, epochs // 10),
         milestones=(0.9,),
     )
-    learning = dict(batch_size=min(batch_size, 32), lr=0.03, gate_start="random")
-    return settings if frozen else settings | learning
 
 # %% ../../nbs/clustering/01_estimator.ipynb #68296061
 def start_seeds(
@@ -172,7 +169,7 @@ def n_starts(
     "'auto' is three where the trunk does not learn, as the heads cost little, and otherwise one."
     if est.n_init != "auto":
         return est.n_init
-    return 3 if (cfg.frozen or cfg.arch == "features") and not is_warm_start(est) else 1
+    return 3 if learns_from_features(cfg) and not is_warm_start(est) else 1
 
 
 def check_parameters(
@@ -183,13 +180,12 @@ def check_parameters(
     several = not isinstance(est.n_clusters, Integral)
     known, starts = est.preset in ("auto", "paper"), est.n_init
     require(known, f"preset must be 'auto' or 'paper', got {est.preset!r}")
-    fits = isinstance(starts, Integral) and starts >= 1
-    wanted = "n_init must be 'auto' or a whole number of at least 1"
-    require(fits or starts == "auto", f"{wanted}, got {starts!r}")
-    several_starts = fits and starts > 1
-    require(not (est.warm_start and several_starts), f"{one_model}: n_init must be 1, got {starts}")
-    known = est.frozen is None or isinstance(est.frozen, (bool, np.bool_))
-    require(known, f"frozen must be True, False or None, got {est.frozen!r}")
+    fits = starts == "auto" or (isinstance(starts, Integral) and starts >= 1)
+    require(fits, f"n_init must be 'auto' or a whole number of at least 1, got {starts!r}")
+    single = starts in ("auto", 1)
+    require(single or not est.warm_start, f"{one_model}: n_init must be 1, got {starts}")
+    decided = est.frozen is None or isinstance(est.frozen, (bool, np.bool_))
+    require(decided, f"frozen must be True, False or None, got {est.frozen!r}")
     wanted = f"{one_model}: n_clusters must be one number, got {est.n_clusters!r}"
     require(not (est.warm_start and several), wanted)
     both = est.checkpoint_dir and est.warm_start

@@ -165,6 +165,7 @@ def test_on_a_frozen_trunk_they_have_the_settings_that_a_user_gets(name, M, side
     expected = pretrained_settings(M, (side, side, 3), K)
     assert {field: values[field] for field in expected} == expected and values["n_clusters"] == K
 
+
 def test_a_dry_run_prints_every_parameter_and_runs_nothing(tmp_path):
     code, printed, _ = call("digits", "--dry-run", "--seed", 7, "--out", tmp_path, *sets(**FEW))
     values = yaml.safe_load(printed)
