@@ -38,7 +38,7 @@ ARCHS = (
 CHOICES = dict(
     method=("mice", "two_stage", "kmeans"),
     features=("student", "teacher", "trunk"),
-    gate_start=("random", "kmeans"),
+    gate_start=("random", "discriminant"),
     omega_start=("simplex", "uniform"),
     split=("all", "test"),
     views=("colour", "mild", "affine"),
@@ -79,7 +79,7 @@ class Config:
     ema: float = 0.999  # weight of the teacher's old parameters at each step
     mu_gradient: bool = True  # mu learns by SGD (off: ablation b, and the official code)
     mu_closed_form: bool = True  # mu is set to its closed form after every epoch (off: ablation a)
-    gate_start: str = added("random")  # 'kmeans' of the features: only where the trunk does not learn
+    gate_start: str = added("random")  # or 'discriminant', k-means of features: only where no trunk learns
     omega_start: str = "simplex"  # 'simplex', or 'uniform' on the sphere (ablation c)
     omega_gradient: bool = False  # omega learns by SGD (ablation d)
     official: bool = False  # behave like the official code wherever it differs from the paper
@@ -153,7 +153,7 @@ def check_config(
     wanted = "frozen needs a trunk that has learned: arch efficientnet_lite0, or a module of your own"
     require(pretrained, f"{wanted}, got {cfg.arch}")
     has_features = cfg.gate_start == "random" or cfg.frozen or cfg.arch == "features"
-    require(has_features, "gate_start = 'kmeans' needs features: a frozen trunk, or arch 'features'")
+    require(has_features, "gate_start = 'discriminant' needs features: a frozen trunk, or arch 'features'")
     alone = not (cfg.official and cfg.mu_gradient)
     require(alone, "the official code gives mu no gradient: official needs mu_gradient = false")
     rising = all(a < b for a, b in zip(edges, edges[1:], strict=False))
@@ -179,7 +179,10 @@ def upgraded(
     values: dict,  # name -> value, from a file that an earlier version may have written
 ) -> dict:  # with today's names
     "The fields of a configuration under their present names."
-    return {RENAMED.get(name, name): value for name, value in values.items()}
+    values = {RENAMED.get(name, name): value for name, value in values.items()}
+    if values.get("gate_start") == "kmeans":  # of the features as they are; the model in the file has begun
+        values["gate_start"] = "discriminant"
+    return values
 
 # %% ../nbs/training/01_config.ipynb #a951c71d
 def parse_value(

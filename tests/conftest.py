@@ -1,4 +1,4 @@
-"What all tests share: one thread, an image cache for one test, and a place for the figures of long tests."
+"What all tests share: one thread, the same examples every time, and two fixtures."
 
 import json
 import os
@@ -13,9 +13,14 @@ import pytest
 import torch
 from filelock import FileLock
 from house import ROOT
+from hypothesis import settings
 
 from mice.files import atomic_write
 from mice.machine import commit
+
+settings.register_profile("house", deadline=None, derandomize=True, max_examples=60, database=None)
+settings.load_profile("house")
+
 
 @pytest.fixture
 def cache(tmp_path_factory, monkeypatch):

@@ -7,17 +7,21 @@ __all__ = ['CONFIG_NAME', 'TUNED', 'MODEL_FORMAT', 'NOT_SAVED', 'READ_ERRORS', '
            'pretrained_settings', 'start_seeds', 'own_network', 'given_features', 'is_warm_start', 'n_starts',
            'check_parameters', 'channels_of', 'trunk_settings', 'suits_pretrained', 'missing_trunk', 'check_same_model',
            'estimator_config', 'check_batching', 'describe_trunk', 'describe_plan', 'FitData', 'prepare_fit',
-           'fit_once', 'compare_trials', 'image_and_views', 'MiCE', 'to_json', 'saved_parameters', 'model_facts',
-           'model_hash', 'model_bytes', 'read_model', 'check_given_trunk', 'load_model']
+           'fit_once', 'kept_trial', 'run_trial', 'trial_configs', 'trial_seconds', 'compare_trials', 'image_and_views',
+           'MiCE', 'to_json', 'saved_parameters', 'model_facts', 'model_hash', 'model_bytes', 'read_model',
+           'check_given_trunk', 'load_model']
 
 # %% ../../nbs/clustering/01_estimator.ipynb #6763337e
 import hashlib
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 from inspect import signature
 from numbers import Integral
 from pathlib import Path
@@ -32,7 +36,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from ..config import Config, config_from, upgraded
+from ..config import NEUTRAL, Config, config_from, upgraded
 from ..core import key, require
 from ..data.cache import chunks
 from ..data.folders import DecodedImages, first_few_files, skipped_files
@@ -41,7 +45,7 @@ from ..data.inputs import Source, feature_source, opened, with_channels
 from ..data.views import augment
 from ..files import array_hash, as_value_error, atomic_write
 from ..text import format_duration, plural
-from ..training import loop
+from ..training import distributed, loop
 from ..training.checkpoints import Checkpointer, raw_bits
 from ..training.engine import cpu_threads, find_device, prepare_model
 from ..training.features import learns_from_features, training_inputs
@@ -51,7 +55,7 @@ from ..training.loop import Epoch, MiCEModel, Prediction, flat_embeddings, warni
 from ..training.official import load_official
 from ..training.trunks import INSTALL, PRETRAINED, as_trunk, trunk_hash, weights_path
 from . import selection
-from .selection import Comparison, RunScores, candidates, compare_runs, recommend
+from .selection import Comparison, RunScores, candidates, compare_runs, recommend, score_run
 
 # %% ../../nbs/clustering/01_estimator.ipynb #0c59f8fc
 def power_of_two(
@@ -115,7 +119,7 @@ def pretrained_settings(
         cached_views=6 if M <= 10_000 else 3,
         tau=0.5,
         kappa=0.5,
-        gate_start="kmeans" if frozen else "random",
+        gate_start="discriminant" if frozen else "random",
         image_size=image_size or (160 if side >= 64 else max(side, 32)),  # the trunk enlarges the smallest
         dim=max(64, 1 << (K - 2).bit_length()),  # at least K - 1
         nu=min(512, power_of_two(0.6 * M)),
@@ -399,31 +403,78 @@ def fit_once(
         return loop.train(deepcopy(est.model_), images, cfg, callbacks, progress)
     return loop.fit(images, cfg, callbacks, progress, own_network(est))
 
+# %% ../../nbs/clustering/01_estimator.ipynb #9544dad9
+def kept_trial(
+    est: BaseEstimator,  # a `MiCE`
+    images_hash: str,  # of what the trial learns from
+    cfg: Config,
+) -> Path | None:  # None: nothing is kept
+    "Where the scores of a trial are kept; its name tells other images and settings apart."
+    if est.checkpoint_dir is None or distributed.world_size() > 1:
+        return None
+    decisive = {name: value for name, value in asdict(cfg).items() if name not in NEUTRAL}
+    name = hashlib.sha256(json.dumps([decisive, images_hash]).encode()).hexdigest()[:16]
+    trials = Path(est.checkpoint_dir).expanduser() / "trials"
+    return trials / f"k{cfg.n_clusters}-seed{cfg.seed}-{name}.json"
+
+
+def run_trial(
+    est: BaseEstimator,  # a `MiCE`
+    inputs: np.ndarray,  # (M, S, S, C) uint8, or features of their views
+    images_hash: str,  # of these
+    cfg: Config,
+) -> tuple[RunScores, np.ndarray]:  # scores, without agreement; (M,) int64 cluster of each image
+    "A short run and its scores; one that has ended is not run again after an interruption."
+    kept = kept_trial(est, images_hash, cfg)
+    if kept is not None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            facts = json.loads(kept.read_bytes())
+            return RunScores.read(facts["scores"]), np.array(facts["clusters"])
+    scores, clusters = score_run(*fit_once(est, inputs, cfg, trial=True), inputs, cfg)
+    if kept is not None:
+        facts = dict(scores=scores._asdict(), clusters=clusters.tolist())
+        with suppress(OSError), atomic_write(kept) as file:
+            file.write(json.dumps(facts).encode())
+        shutil.rmtree(kept.with_name(f"k{cfg.n_clusters}-seed{cfg.seed}"), ignore_errors=True)  # checkpoints
+    return scores, clusters
+
 # %% ../../nbs/clustering/01_estimator.ipynb #c8952f14
-def compare_trials(
+def trial_configs(
     est: BaseEstimator,  # a `MiCE`
     data: FitData,
-) -> tuple[Comparison, np.ndarray]:  # and what the models learned from: the images, or features of them
-    "Short runs with each number of clusters; their cost is announced first."
-    trunk = own_network(est)
+) -> list[Config]:  # ascending in K
+    "The configurations of all trials: a third of the epochs, each K from every seed."
     cfgs = []
     for K in data.ks:
         for seed in data.seeds:
             full = data.config(est, seed, n_clusters=K)
             epochs = max(1, full.epochs // 3)
             cfgs.append(data.config(est, seed, n_clusters=K, epochs=epochs))
+    return cfgs
+
+
+def trial_seconds(
+    images: np.ndarray,  # (M, S, S, C) uint8, or features of their views
+    cfgs: list[Config],  # as from `trial_configs`
+    trunk: nn.Module | None = None,  # of the user's own
+) -> float:
+    "How long all trials will take, the features of a frozen trunk included, from the one in the middle."
+    return forecast(images, cfgs[len(cfgs) // 2], trunk=trunk).seconds_of(len(cfgs))
+
+
+def compare_trials(
+    est: BaseEstimator,  # a `MiCE`
+    data: FitData,
+) -> tuple[Comparison, np.ndarray]:  # and what the models learned from: the images, or features of them
+    "Short runs with each number of clusters; their cost is announced first."
+    trunk, cfgs = own_network(est), trial_configs(est, data)
     if est.verbose:
-        longest = forecast(data.images, cfgs[-1], trunk=trunk)
-        duration = format_duration(longest.seconds_of(len(cfgs)))
-        cost = f"{len(cfgs)} runs of {cfgs[0].epochs} epochs, at most about {duration}"
-        print(f"MiCE: comparing {', '.join(map(str, data.ks))} clusters: {cost}")
+        duration = format_duration(trial_seconds(data.images, cfgs, trunk))
+        print(f"MiCE: comparing {', '.join(map(str, data.ks))} clusters: {len(cfgs)} runs, about {duration}")
 
     inputs = training_inputs(data.images, cfgs[0], trunk, bool(est.verbose))
-
-    def learn(cfg):
-        return fit_once(est, inputs, cfg, trial=True)
-
-    return compare_runs(inputs, cfgs, learn, bool(est.verbose)), inputs
+    trial = partial(run_trial, est, inputs, array_hash(inputs) if est.checkpoint_dir else "")
+    return compare_runs(inputs, cfgs, trial, bool(est.verbose)), inputs
 
 # %% ../../nbs/clustering/01_estimator.ipynb #56f991f5
 def image_and_views(

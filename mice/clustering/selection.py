@@ -199,18 +199,19 @@ def add_agreement(
 def compare_runs(
     images: np.ndarray,  # (M, S, S, C) uint8; labels are never passed in
     cfgs: list[Config],  # one for each run: several K, at least two seeds of each
-    learn: Callable[[Config], tuple] | None = None,  # trains: Config -> (model, history); `loop.fit` if None
+    trial: Callable[[Config], tuple[RunScores, np.ndarray]] | None = None,  # None: `fit` and `score_run`
     progress: bool = False,  # show a bar
 ) -> Comparison:
     "Train with several K and seeds; keep the scores and the clusterings, not the models."
     ks = [cfg.n_clusters for cfg in cfgs]
     alone = sorted({K for K in ks if ks.count(K) == 1})
     require(cfgs and not alone, f"every K needs at least two seeds to be compared, got one for {alone}")
-    runs = []
-    for cfg in tqdm(cfgs, unit="run", disable=not progress):
-        model, history = learn(cfg) if learn else fit(images, cfg, progress=False)
-        runs.append(score_run(model, history, images, cfg))
-    return add_agreement(runs)
+
+    def train_and_score(cfg: Config) -> tuple[RunScores, np.ndarray]:
+        return score_run(*fit(images, cfg, progress=False), images, cfg)
+
+    bar = tqdm(cfgs, desc="numbers of clusters", unit="run", disable=not progress)
+    return add_agreement([(trial or train_and_score)(cfg) for cfg in bar])
 
 # %% ../../nbs/clustering/02_selection.ipynb #58a8a121
 class KScores(NamedTuple):
@@ -221,7 +222,7 @@ class KScores(NamedTuple):
     silhouette: float
     fresh_view: float  # nats
     nonempty: float  # clusters that hold images
-    score: float  # mean of agreement and silhouette
+    score: float  # mean of agreement and silhouette, this one as a share of its largest value over all K
 
 
 def scores_by_k(
@@ -235,14 +236,16 @@ def scores_by_k(
         apart = float(np.mean([row.silhouette for row in rows]))
         fresh_view = float(np.mean([row.fresh_view for row in rows]))
         nonempty = float(np.mean([np.count_nonzero(row.sizes) for row in rows]))
-        table.append(KScores(K, agree, apart, fresh_view, nonempty, (agree + apart) / 2))
-    return table
+        table.append(KScores(K, agree, apart, fresh_view, nonempty, math.nan))
+    largest = max(one.silhouette for one in table)
+    shares = [one.silhouette / largest if largest > 0 else 0.0 for one in table]
+    return [one._replace(score=(one.agreement + share) / 2) for one, share in zip(table, shares, strict=True)]
 
 # %% ../../nbs/clustering/02_selection.ipynb #24a72107
 def recommend(
     comparison: Comparison,
 ) -> tuple[int, str]:  # K, and why, one sentence
-    "The K with the largest mean of agreement and silhouette."
+    "The K with the largest score."
 
     def numbers(scores: KScores) -> str:
         return f"agreement {scores.agreement:.2f}, silhouette {scores.silhouette:.2f}"
@@ -269,9 +272,9 @@ def comparison_table(
     comparison: Comparison,
 ) -> str:  # a header, and a line for each K
     "The scores of a comparison as text."
-    rows = [("K", "agreement", "silhouette", "fresh views, nats", "non-empty")]
+    rows = [("K", "score", "agreement", "silhouette", "fresh views, nats", "non-empty")]
     for one in scores_by_k(comparison):
-        scores = f"{one.agreement:.2f}", f"{one.silhouette:.2f}", f"{one.fresh_view:.3f}"
+        scores = *(f"{x:.2f}" for x in (one.score, one.agreement, one.silhouette)), f"{one.fresh_view:.3f}"
         rows.append((f"{one.n_clusters}", *scores, f"{one.nonempty:.1f}"))
     return "\n".join(text_table(rows, left=0))
 

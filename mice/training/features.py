@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PIXELS_AT_ONCE', 'CHUNK', 'FrozenTrunk', 'feature_chunk', 'FeatureFile',
            'feature_key', 'feature_file', 'feature_seconds', 'chunks_with_bar', 'view_features', 'features_in_memory',
            'plain_features', 'learns_from_features', 'measure_feature_seconds', 'training_inputs', 'prediction_inputs',
-           'feature_centroids']
+           'discriminant_directions', 'start_directions']
 
 # %% ../../nbs/training/05_features.ipynb #fea00004
 import hashlib
@@ -22,6 +22,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from filelock import FileLock
+from scipy.linalg import eigh
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
@@ -310,16 +311,30 @@ def prediction_inputs(
     return plain_features(images, cfg, trunk)
 
 # %% ../../nbs/training/05_features.ipynb #a647c761
-def feature_centroids(
-    features: np.ndarray,  # (M, V, F), the plain image first
+def discriminant_directions(
+    h: np.ndarray,  # (n, V, F) float32, features of V views of each image, their mean subtracted
+    most: int = 32,  # directions
+) -> np.ndarray:  # (F, d), d at most F
+    "Linear discriminant analysis with every image as a class: images differ along these, views hardly."
+    n, V, F = h.shape
+    centre = h.mean(1)  # (n, F)
+    noise = (h - centre[:, None]).reshape(-1, F)  # (n V, F)
+    within = noise.T @ noise / max(1, n * (V - 1))  # (F, F)
+    within = (within + (np.trace(within) / F or 1.0) * np.eye(F, dtype=h.dtype)) / 2
+    return eigh(centre.T @ centre / n, within, subset_by_index=(max(0, F - most), F - 1))[1]
+
+
+def start_directions(
+    features: np.ndarray,  # (M, V, F)
     mean: Tensor,  # (F,) of all features
     cfg: Config,
-    most: int = 10_000,  # images that k-means looks at, evenly spaced
-) -> tuple[Tensor, float]:  # (K, F) centroids; mean length of the vectors
-    "The centroids that k-means finds for the plain images, the mean of all features subtracted; mean length."
-    rows = features[:: math.ceil(len(features) / most), 0]
-    h = rows.astype(np.float32) - mean.cpu().numpy()
+    most: int = 4096,  # images that are looked at, evenly spaced
+) -> Tensor:  # (K, F) whose largest product with h, the mean subtracted, is that of the nearest centroid
+    "Where the gate begins: the centroids of k-means among the directions of `discriminant_directions`."
+    h = features[:: math.ceil(len(features) / most)].astype(np.float32) - mean.cpu().numpy()  # (n, V, F)
     with cpu_threads(cfg.threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different images than clusters
-        kmeans = KMeans(cfg.n_clusters, n_init=10, random_state=cfg.seed % 2**32).fit(h)
-    return torch.from_numpy(kmeans.cluster_centers_).float(), float(np.linalg.norm(h, axis=1).mean())
+        P = discriminant_directions(h)  # (F, d)
+        u = unit(torch.from_numpy(h[:, 0] @ P)).numpy()  # (n, d) of the plain images
+        kmeans = KMeans(cfg.n_clusters, n_init=10, random_state=cfg.seed % 2**32).fit(u)
+    return unit(torch.from_numpy(kmeans.cluster_centers_ @ P.T).float())

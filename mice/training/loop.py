@@ -37,7 +37,7 @@ from ..gating import log_gate, simplex_prototypes, uniform_prototypes
 from ..mstep import PrototypeSum
 from ..normalizer import Queue
 from . import distributed, engine
-from .features import feature_centroids, learns_from_features, prediction_inputs, training_inputs
+from .features import learns_from_features, prediction_inputs, start_directions, training_inputs
 from .health import Health, diagnose, new_warnings, one_line
 from .trunks import as_trunk, pretrained_trunk, trunk_under_heads
 
@@ -179,16 +179,14 @@ class MiCEModel(StudentTeacher):
     @torch.no_grad()
     def point_gate(
         self,
-        centroids: Tensor,  # (K, F) of features
-        length: float,  # that the features have on average; the heads see them with length 1
+        directions: Tensor,  # (K, F) of features
     ) -> None:
-        "Let the gate begin with the expert of the nearest centroid; its weights keep their norm."
-        solve = torch.linalg.pinv(unit(self.omega))  # (D, K)
-        weight, bias = solve @ centroids, solve @ (-centroids.square().sum(1) / 2 / length)  # (D, F), (D,)
+        "Let the gate begin with the expert of the nearest direction; its weights keep their norm."
+        weight = torch.linalg.pinv(unit(self.omega)) @ directions  # (D, F)
         heads, rows = self.student.heads, slice(self.omega.numel(), None)
         if weight.any():  # otherwise all images are the same
-            scale = heads.weight[rows].norm() / weight.norm()
-            heads.weight[rows], heads.bias[rows] = scale * weight, scale * bias
+            heads.weight[rows] = weight * heads.weight[rows].norm() / weight.norm()
+            heads.bias[rows] = 0.0
 
     def start_training(self, cfg: Config) -> None:
         "A new optimiser, new sums, and the temperatures of `cfg`."
@@ -379,8 +377,9 @@ class Progress(Callback):
         speed = f"{done.images_per_second:.0f} images/s"
         self.bar.set_postfix_str(f"{bound}, {one_line(Health.read(done.health))}, {speed}", refresh=False)
         self.bar.update(done.epoch - self.bar.n)
+        which = "" if self.show else f"{run.cfg.n_clusters} clusters, seed {run.cfg.seed}, "  # of many runs
         for text in epoch_warnings(run.history) if distributed.is_main() else ():
-            tqdm.write(f"epoch {done.epoch}: {text}", file=sys.stderr)
+            tqdm.write(f"{which}epoch {done.epoch}: {text}", file=sys.stderr)
 
     def on_train_end(self, run: Run, error: BaseException | None) -> None:
         if self.bar is not None:
@@ -406,10 +405,13 @@ def nonfinite_error(
     step: int,  # of the epoch under way
 ) -> FloatingPointError:
     "The error for a step that was skipped."
-    where = f"in epoch {run.epoch}, step {step}, at learning rate {learning_rate(run.cfg, run.epoch):g}"
-    return FloatingPointError(
-        f"the loss or its gradient is NaN or infinite {where}: lower lr, or lengthen warmup"
-    )
+    what = f"the loss or its gradient is NaN or infinite in epoch {run.epoch}, step {step}"
+    if step == 0 and not run.history:
+        return FloatingPointError(
+            f"{what}, before anything was learned: the model or the features of its trunk hold NaN or infinity"
+        )
+    lr = learning_rate(run.cfg, run.epoch)
+    return FloatingPointError(f"{what}, at learning rate {lr:g}: lower lr, or lengthen warmup")
 
 
 def check_losses_finite(
@@ -542,8 +544,8 @@ def new_model(
     "A model before training, for images of this scale."
     if are_features(images):
         model = kind(cfg, *channel_stats(images))
-        if cfg.gate_start == "kmeans" and isinstance(model, MiCEModel):
-            model.point_gate(*feature_centroids(images, model.mean, cfg))
+        if cfg.gate_start == "discriminant" and isinstance(model, MiCEModel):
+            model.point_gate(start_directions(images, model.mean, cfg))
         return model
     trunk = trunk or pretrained_trunk(cfg.arch)
     trunk = None if trunk is None else as_trunk(trunk)

@@ -23,9 +23,6 @@ from mice.gating import log_gate, simplex_prototypes
 from mice.mstep import PrototypeSum
 from mice.normalizer import Queue, log_partition_hat
 
-settings.register_profile("house", deadline=None, derandomize=True, max_examples=60, database=None)
-settings.load_profile("house")
-
 # ---- The oracles: lists of floats, one number at a time. ----
 
 

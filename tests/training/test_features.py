@@ -19,6 +19,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from processes import FORK
+from sklearn.cluster import KMeans
 from sklearn.datasets import load_sample_images
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
@@ -414,26 +415,56 @@ STARTS += [(*sizes, "uniform") for sizes in SIZES if sizes[1] >= sizes[0]]
 @pytest.mark.parametrize("K, D, F, omega", STARTS)
 def test_the_gate_begins_with_the_nearest_centroid(K, D, F, omega):
     x = feature_source(np.random.RandomState(K + F).randn(50, 3, F)).read(0).images
-    cfg = Config(arch="features", n_clusters=K, dim=D, nu=32, gate_start="kmeans", omega_start=omega)
+    cfg = Config(arch="features", n_clusters=K, dim=D, nu=32, gate_start="discriminant", omega_start=omega)
     model, random = new_model(MiCEModel, x, cfg), new_model(MiCEModel, x, replace(cfg, gate_start="random"))
     h = torch.from_numpy(x[:, 0]).float() - model.mean
-    centroids, length = features.feature_centroids(x, model.mean, cfg)
-    score = (unit(h) @ centroids.T - centroids.square().sum(1) / 2 / length).double()  # (50, K)
+    score = (unit(h) @ features.start_directions(x, model.mean, cfg).T).double()  # (50, K)
     sure = score.topk(2).values.diff(dim=1).abs()[:, 0] > 1e-4
     with torch.no_grad():
         found = model.log_gate(model.student.gate(h)).argmax(1)
     assert sure.sum() > 40
     np.testing.assert_array_equal(found[sure], score.argmax(1)[sure])
-    distance = (h[:, None] - centroids).square().sum(-1)  # (50, K)
-    assert (found == distance.argmin(1)).double().mean() > 0.9, "lengths matter for few"
     ours, theirs = (net.student.heads.weight.detach() for net in (model, random))
     np.testing.assert_array_equal(ours[: K * D], theirs[: K * D], "the experts begin at random")
     torch.testing.assert_close(ours[K * D :].norm(), theirs[K * D :].norm())
 
 
+@pytest.mark.parametrize("V", [1, 2, 7])
+def test_discriminant_directions_by_their_definition(V):
+    h = np.random.RandomState(V).randn(40, V, 6).cumsum(2)
+    h -= h.mean((0, 1))
+    P = features.discriminant_directions(h, 4)  # (6, 4)
+    images, within, between = [views.mean(0) for views in h], np.zeros((6, 6)), np.zeros((6, 6))
+    for views, mean in zip(h, images, strict=True):
+        between += np.outer(mean, mean) / 40
+        for view in views:
+            within += np.outer(view - mean, view - mean) / max(1, 40 * (V - 1))
+    within = (within + np.eye(6) * (np.trace(within) / 6 if V > 1 else 1)) / 2
+    np.testing.assert_allclose(P.T @ within @ P, np.eye(4), atol=1e-9)
+    ratios = np.diag(P.T @ between @ P)
+    np.testing.assert_allclose(between @ P, within @ P * ratios, atol=1e-9)
+    largest = np.linalg.eigvals(np.linalg.solve(within, between)).real
+    np.testing.assert_allclose(np.sort(ratios), np.sort(largest)[-4:], atol=1e-9)
+
+
+def test_the_start_ignores_what_views_change_and_finds_what_they_keep():
+    rng = np.random.RandomState(0)
+    z = np.arange(300) % 3
+    h = 0.1 * rng.randn(300, 5, 40)
+    h[:, :, :3] += np.eye(3)[z][:, None]  # the same in all views
+    h[:, :, 3:6] += rng.randn(300, 5, 3)  # larger, and another in each view
+    x = feature_source(h).read(0).images
+    cfg = Config(arch="features", n_clusters=3, dim=8, nu=32, gate_start="discriminant")
+    model = new_model(MiCEModel, x, cfg)
+    with torch.no_grad():
+        gate = model.log_gate(model.student.gate(torch.from_numpy(x[:, 0]).float() - model.mean))
+    assert adjusted_rand_score(z, gate.argmax(1)) > 0.95
+    assert adjusted_rand_score(z, KMeans(3, n_init=10, random_state=0).fit(x[:, 0]).labels_) < 0.2
+
+
 def test_images_that_are_all_the_same_have_a_random_start():
     x = feature_source(np.tile(np.float32([1, 2, 3]), (20, 3, 1))).read(0).images
-    cfg = Config(arch="features", n_clusters=2, dim=4, nu=32, gate_start="kmeans")
+    cfg = Config(arch="features", n_clusters=2, dim=4, nu=32, gate_start="discriminant")
     assert all(parameter.isfinite().all() for parameter in new_model(MiCEModel, x, cfg).parameters())
 
 
