@@ -227,9 +227,11 @@ TRAINING = [
     ),
     click.Option(
         ["--n-init", "n_init"],
+        type=int,
         metavar="N",
-        default="auto",
-        help="Train this often, keep the lowest loss.  [default: 3 on a frozen trunk, otherwise 1]",
+        default=1,
+        show_default=True,
+        help="Train this often, keep the lowest loss.",
     ),
     click.Option(
         ["--seed"],
@@ -293,7 +295,7 @@ class ClusterCommand(click.Command):
         *RUNNING,
     ],
 )
-def cluster_command(folder, out, k, n_init, epochs, size, trunk, settings, as_json, dry_run, quiet, **rest):
+def cluster_command(folder, out, k, epochs, size, trunk, settings, as_json, dry_run, quiet, **rest):
     """Sort the images below FOLDER into clusters.
 
     Writes a table (clusters.csv), an HTML report (report.html) and the model; FOLDER is not changed.
@@ -307,8 +309,7 @@ def cluster_command(folder, out, k, n_init, epochs, size, trunk, settings, as_js
         raise ValueError(f"mice cluster is one process; {advice}")
     named = dict(epochs=epochs, image_size=size, trunk=trunk)
     given = parse_settings(settings) | {name: value for name, value in named.items() if value is not None}
-    number, starts = (int(text) if text.isdecimal() else text for text in (k, n_init))
-    options = command.ClusterOptions(number, n_init=starts, settings=given, **rest)
+    options = command.ClusterOptions(int(k) if k.isdecimal() else k, settings=given, **rest)
     out = out or Path(f"{folder.resolve().name}-clusters")
     with command_output(quiet):
         if dry_run:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CONFIG_NAME', 'TUNED', 'MODEL_FORMAT', 'NOT_SAVED', 'READ_ERRORS', 'power_of_two', 'auto_settings',
-           'pretrained_settings', 'start_seeds', 'own_network', 'given_features', 'is_warm_start', 'n_starts',
-           'check_parameters', 'channels_of', 'trunk_settings', 'suits_pretrained', 'missing_trunk', 'check_same_model',
-           'estimator_config', 'check_batching', 'describe_trunk', 'describe_plan', 'FitData', 'prepare_fit',
-           'fit_once', 'kept_trial', 'run_trial', 'trial_configs', 'trial_seconds', 'compare_trials', 'image_and_views',
-           'MiCE', 'to_json', 'saved_parameters', 'model_facts', 'model_hash', 'model_bytes', 'read_model',
-           'check_given_trunk', 'load_model']
+           'pretrained_settings', 'start_seeds', 'own_network', 'given_features', 'is_warm_start', 'check_parameters',
+           'channels_of', 'trunk_settings', 'suits_pretrained', 'missing_trunk', 'check_same_model', 'estimator_config',
+           'check_batching', 'describe_trunk', 'describe_plan', 'FitData', 'prepare_fit', 'fit_once', 'kept_trial',
+           'run_trial', 'trial_configs', 'trial_seconds', 'compare_trials', 'image_and_views', 'MiCE', 'to_json',
+           'saved_parameters', 'model_facts', 'model_hash', 'model_bytes', 'read_model', 'check_given_trunk',
+           'load_model']
 
 # %% ../../nbs/clustering/01_estimator.ipynb #6763337e
 import hashlib
@@ -166,15 +166,6 @@ def is_warm_start(
     return est.warm_start and hasattr(est, "model_")
 
 
-def n_starts(
-    est: BaseEstimator,  # a `MiCE`
-    cfg: Config,
-) -> int:  # of trainings, each from other random weights
-    "'auto' is three where the trunk does not learn, as the heads cost little, and otherwise one."
-    if est.n_init != "auto":
-        return est.n_init
-    return 3 if learns_from_features(cfg) and not is_warm_start(est) else 1
-
 
 def check_parameters(
     est: BaseEstimator,  # a `MiCE`
@@ -184,10 +175,9 @@ def check_parameters(
     several = not isinstance(est.n_clusters, Integral)
     known, starts = est.preset in ("auto", "paper"), est.n_init
     require(known, f"preset must be 'auto' or 'paper', got {est.preset!r}")
-    fits = starts == "auto" or (isinstance(starts, Integral) and starts >= 1)
-    require(fits, f"n_init must be 'auto' or a whole number of at least 1, got {starts!r}")
-    single = starts in ("auto", 1)
-    require(single or not est.warm_start, f"{one_model}: n_init must be 1, got {starts}")
+    fits = isinstance(starts, Integral) and starts >= 1
+    require(fits, f"n_init must be a whole number of at least 1, got {starts!r}")
+    require(starts == 1 or not est.warm_start, f"{one_model}: n_init must be 1, got {starts}")
     decided = est.frozen is None or isinstance(est.frozen, (bool, np.bool_))
     require(decided, f"frozen must be True, False or None, got {est.frozen!r}")
     wanted = f"{one_model}: n_clusters must be one number, got {est.n_clusters!r}"
@@ -345,7 +335,6 @@ class FitData(NamedTuple):
     images: np.ndarray  # (M, S, S, C) uint8, with the model's channels; or features of the user's own
     ks: list[int]  # numbers of clusters to choose from; usually one
     seeds: list[int]  # of the starts
-    n_init: int  # starts
     warnings: list[str]  # about skipped files, and choices that may be unwise
     network: dict  # as from `trunk_settings` if the trunk is one of the user's own, whose hash is made once
 
@@ -369,8 +358,7 @@ def prepare_fit(
     ks = candidates(est.n_clusters, source.count)
     network = trunk_settings(est, source) if own_network(est) else {}
     cfgs = [estimator_config(est, source, 0, n_clusters=K, **network) for K in reversed(ks)]
-    n_init = n_starts(est, cfgs[0])
-    seeds = start_seeds(est.random_state, max(3, n_init))
+    seeds = start_seeds(est.random_state, max(3, est.n_init))
     read = source.read(cfgs[0].image_size)
     count = len(read.images)
     wanted = f"at least n_clusters = {ks[-1]} images that can be read are needed, got {count}"
@@ -381,7 +369,7 @@ def prepare_fit(
     if not own:
         images = with_channels(images, est.channels_ if is_warm_start(est) else channels_of(cfgs[0], source))
     notes = [*map(str, read.notes), *missing_trunk(est, source)]
-    data = FitData(source, read, images, ks, seeds, n_init, notes, network)
+    data = FitData(source, read, images, ks, seeds, notes, network)
     data.warnings.extend(check_batching(len(images), data.config(est, seeds[0], n_clusters=ks[-1])))
     return data
 
@@ -531,7 +519,7 @@ class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         batch_size: int | None = None,  # images in a step
         lr: float | None = None,  # peak learning rate
         warmup: int | None = None,  # epochs of linear warm-up
-        n_init: int | str = "auto",  # starts; the one with the smallest final loss is kept
+        n_init: int = 1,  # starts; the one with the smallest final loss is kept
         random_state: object = None,  # whole number, RandomState, or None for another result each time
         warm_start: bool = False,  # fit starts from the model of the last fit
         checkpoint_dir: object = None,  # folder from which an interrupted fit resumes
@@ -577,9 +565,9 @@ class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
                 print(f"MiCE: {sentence}")
         for warning in data.warnings:
             warnings.warn(warning, stacklevel=2)
-        cfgs = [data.config(self, s, n_clusters=K) for s in data.seeds[: data.n_init]]
+        cfgs = [data.config(self, s, n_clusters=K) for s in data.seeds[: self.n_init]]
         if self.verbose:
-            print(describe_plan(inputs, data.source.shape, cfgs[0], data.n_init, own_network(self)))
+            print(describe_plan(inputs, data.source.shape, cfgs[0], self.n_init, own_network(self)))
         inputs = training_inputs(inputs, cfgs[0], own_network(self), bool(self.verbose))
         runs = [(cfg, *fit_once(self, inputs, cfg)) for cfg in cfgs]
         self.start_losses_ = [history[-1].loss for _, _, history in runs]
@@ -789,6 +777,8 @@ def read_model(
         facts["max_value"] = facts["white"]
         for name in ("tau", "kappa"):
             tensors[f"model.{name}"] = torch.tensor(config[name])
+    if facts["parameters"].get("n_init") == "auto":  # three starts where the trunk did not learn
+        facts["parameters"]["n_init"] = 3 if config["frozen"] or config["arch"] == "features" else 1
     if "arch" in facts["parameters"]:  # the earlier name of trunk
         facts["parameters"]["trunk"] = facts["parameters"].pop("arch")
     return tensors, facts | dict(config=config)

@@ -36,7 +36,7 @@ from ..training import distributed
 from ..training.forecast import forecast
 from ..training.loop import Prediction, flat_embeddings
 from . import estimator, outputs
-from .estimator import CONFIG_NAME, MODEL_FORMAT, TUNED, FitData, MiCE, n_starts, prepare_fit
+from .estimator import CONFIG_NAME, MODEL_FORMAT, TUNED, FitData, MiCE, prepare_fit
 from .outputs import count_clusters, count_lines, table_rows
 from .selection import comparison_table, draw_scores, recommend
 
@@ -45,7 +45,7 @@ class ClusterOptions(NamedTuple):
     "What a user asks for, besides images and a place for the result."
     k: int | str = 10  # clusters, or several to choose from: '5..20', 'auto'
     seed: int = 0
-    n_init: int | str = "auto"  # starts, of which the smallest loss is kept
+    n_init: int = 1  # starts, of which the smallest loss is kept
     preset: str = "auto"
     settings: dict = {}  # parameters of `MiCE` that its preset would decide, such as epochs
     device: str = "auto"
@@ -296,7 +296,6 @@ def cluster(
     data = prepare_fit(est, source)
     for warning in data.warnings:
         notify(warning)
-    options = options._replace(n_init=data.n_init)
     est, prediction = fit_or_load(est, source, data, out, options, notify)
     rows = write_results(est, data.read, prediction, folder, out, options, notify)
     return dict(
@@ -339,7 +338,7 @@ def plan(
     data = prepare_fit(est, source)
     cfg = data.config(est, options.seed, n_clusters=data.ks[-1])
     cost = forecast(data.images, cfg)
-    seconds = cost.seconds_of(data.n_init)
+    seconds = cost.seconds_of(options.n_init)
     if len(data.ks) > 1:
         trials = estimator.trial_configs(est, data)
         seconds += estimator.trial_seconds(data.images, trials) - cost.feature_seconds
@@ -352,7 +351,7 @@ def plan(
         device_bytes=cost.device_bytes,
         seconds=round(seconds, 1),
         trunk=estimator.describe_trunk(cfg),
-        n_init=data.n_init,
+        n_init=options.n_init,
         settings=asdict(cfg),
     )
 
@@ -439,7 +438,7 @@ def model_info(
         health=est.health_._asdict() if est.health_ else None,
         warnings=est.warnings_,
         preset=est.preset,
-        n_init=n_starts(est, cfg),
+        n_init=est.n_init,
         settings=asdict(cfg),
     )
 
@@ -453,6 +452,7 @@ def model_info_lines(
     kind = f"{'colour' if facts['channels'] == 3 else 'grey'} images at {side} x {side} pixels"
     if facts["settings"]["arch"] == "features":
         kind = "images whose features you gave"
+    best_of = f", the best of {facts['n_init']} starts" if facts["n_init"] > 1 else ""
     trained = "elsewhere"
     if facts["epochs"]:
         trained = f"{plural(facts['epochs'], 'epoch')} on {facts['images']:,} images"
@@ -463,7 +463,7 @@ def model_info_lines(
     lines = [
         f"model     {facts['model']}, {size}",
         f"clusters  {facts['n_clusters']}, of {kind}",
-        f"trained   {trained}, preset {facts['preset']}, {plural(facts['n_init'], 'start')}",
+        f"trained   {trained}, preset {facts['preset']}{best_of}",
         f"settings  {settings}",
         f"warnings  {'; '.join(facts['warnings']) or 'none'}",
     ]

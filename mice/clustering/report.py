@@ -37,7 +37,7 @@ from ..metrics import most_and_least_certain
 from ..text import plural, printable
 from ..training.health import one_line
 from ..training.loop import Prediction, flat_embeddings
-from .estimator import MiCE, describe_trunk, n_starts
+from .estimator import MiCE, describe_trunk
 
 # %% ../../nbs/clustering/04_report.ipynb #e767e08e
 class Findings(NamedTuple):
@@ -64,7 +64,7 @@ def describe_settings(
     cfg, here = est.config_, environment(est.config_.device)
     packages = [f"{name} {here[name]}" for name in ("python", "torch", "numpy", "scikit-learn")]
     minutes = sum(epoch.seconds for epoch in est.history_) / 60
-    threads, starts = plural(cfg.threads, "CPU thread"), n_starts(est, cfg)
+    threads, starts = plural(cfg.threads, "CPU thread"), est.n_init
     which = f", the best of {starts} starts" if starts > 1 else ""
     steps = f"{plural(est.n_iter_, 'epoch')} in batches of {cfg.batch_size}"
     return {

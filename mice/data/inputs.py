@@ -42,7 +42,7 @@ def to_bytes(
     if max_value:
         wanted = f"0 to {max_value}, as in fit"
     if low < 0:
-        advice = ": give the images as they are, not standardised"
+        advice = ": give the images as they are, not standardised; features need trunk='features'"
     elif 1 < high < 64:
         advice = f": divide by the largest value there can be, X / {high:g}"
     clear = max_value or high <= 1 or high >= 64  # between 1 and 64 the scale is ambiguous

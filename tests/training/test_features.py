@@ -603,7 +603,7 @@ def test_after_an_interruption_a_start_that_was_finished_is_not_trained_again(tm
     assert resumed.start_losses_ == MiCE(**settings).fit(images).start_losses_
 
 
-@pytest.mark.parametrize(("given", "starts"), [({}, 3), (dict(n_init=2), 2)])
+@pytest.mark.parametrize(("given", "starts"), [({}, 1), (dict(n_init=2), 2)])
 def test_starts_and_trials_share_the_features(log, given, starts):
     images = pictures(40)
     found = MiCE(**QUICK | dict(n_clusters=[2, 3]) | given, trunk=Net(log), frozen=True).fit(images)
