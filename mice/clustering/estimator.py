@@ -126,7 +126,7 @@ def pretrained_settings(
         ema=0.99,
         epochs=epochs,
         batch_size=batch_size,
-        lr=0.5 if frozen else 0.03,
+        lr=0.2 if frozen else 0.03,
         warmup=max(1, epochs // 10),
         milestones=(0.9,),
     )
