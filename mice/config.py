@@ -38,7 +38,7 @@ ARCHS = (
 CHOICES = dict(
     method=("mice", "two_stage", "kmeans"),
     features=("student", "teacher", "trunk"),
-    gate_start=("random", "discriminant"),
+    start=("random", "discriminant"),
     omega_start=("simplex", "uniform"),
     split=("all", "test"),
     views=("colour", "mild", "affine"),
@@ -79,7 +79,7 @@ class Config:
     ema: float = 0.999  # weight of the teacher's old parameters at each step
     mu_gradient: bool = True  # mu learns by SGD (off: ablation b, and the official code)
     mu_closed_form: bool = True  # mu is set to its closed form after every epoch (off: ablation a)
-    gate_start: str = added("random")  # or 'discriminant', k-means of features: only where no trunk learns
+    start: str = added("random")  # of EM; 'discriminant': k-means of features, where no trunk learns
     omega_start: str = "simplex"  # 'simplex', or 'uniform' on the sphere (ablation c)
     omega_gradient: bool = False  # omega learns by SGD (ablation d)
     official: bool = False  # behave like the official code wherever it differs from the paper
@@ -152,8 +152,8 @@ def check_config(
     pretrained = not cfg.frozen or cfg.arch in ("efficientnet_lite0", "module")
     wanted = "frozen needs a trunk that has learned: arch efficientnet_lite0, or a module of your own"
     require(pretrained, f"{wanted}, got {cfg.arch}")
-    has_features = cfg.gate_start == "random" or cfg.frozen or cfg.arch == "features"
-    require(has_features, "gate_start = 'discriminant' needs features: a frozen trunk, or arch 'features'")
+    has_features = cfg.start == "random" or cfg.frozen or cfg.arch == "features"
+    require(has_features, "start = 'discriminant' needs features: a frozen trunk, or arch 'features'")
     alone = not (cfg.official and cfg.mu_gradient)
     require(alone, "the official code gives mu no gradient: official needs mu_gradient = false")
     rising = all(a < b for a, b in zip(edges, edges[1:], strict=False))
@@ -180,8 +180,8 @@ def upgraded(
 ) -> dict:  # with today's names
     "The fields of a configuration under their present names."
     values = {RENAMED.get(name, name): value for name, value in values.items()}
-    if values.get("gate_start") == "kmeans":  # of the features as they are; the model in the file has begun
-        values["gate_start"] = "discriminant"
+    if "gate_start" in values:  # there was a start at k-means of the features as they are
+        values["start"] = "random" if values.pop("gate_start") == "random" else "discriminant"
     return values
 
 # %% ../nbs/training/01_config.ipynb #a951c71d

@@ -110,16 +110,15 @@ def pretrained_settings(
     "The settings that preset 'auto' chooses for a pretrained trunk, or for features of the user's own."
     side = min(shape[:2])  # pixels
     batch_size = min(M, 64 if frozen else 32, max(8, power_of_two(M / 4)))
-    steps = 1000 + 100 * K  # in all, where they are cheap
-    affordable = min(math.ceil(steps / max(1, M // batch_size)), 500) if frozen else min(10_000 // M, 50)
-    epochs = epochs or max(affordable, 5)
+    least, most = (math.ceil(1000 / max(1, M // batch_size)), 500) if frozen else (10_000 // M, 50)  # epochs
+    epochs = epochs or min(max(least, 2 if frozen else 5), most)
     return dict(
         views="mild",
         crop_scale=0.4,
         cached_views=6 if M <= 10_000 else 3,
         tau=0.5,
         kappa=0.5,
-        gate_start="discriminant" if frozen else "random",
+        start="discriminant" if frozen else "random",
         image_size=image_size or (160 if side >= 64 else max(side, 32)),  # the trunk enlarges the smallest
         dim=max(64, 1 << (K - 2).bit_length()),  # at least K - 1
         nu=min(512, power_of_two(0.6 * M)),
@@ -269,7 +268,7 @@ def estimator_config(
         else:
             chosen = auto_settings(M, source.shape, device.type, K, **fixed)
     if is_warm_start(est):
-        kept = "arch trunk_hash frozen gate_start cached_views crop_scale image_size views"
+        kept = "arch trunk_hash frozen start cached_views crop_scale image_size views"
         kept += " dim tau kappa nu ema"
         chosen |= {name: getattr(est.config_, name) for name in kept.split()}
         check_same_model(est.config_, chosen | given)

@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PIXELS_AT_ONCE', 'CHUNK', 'FrozenTrunk', 'feature_chunk', 'FeatureFile',
            'feature_key', 'feature_file', 'feature_seconds', 'chunks_with_bar', 'view_features', 'features_in_memory',
            'plain_features', 'learns_from_features', 'measure_feature_seconds', 'training_inputs', 'prediction_inputs',
-           'discriminant_directions', 'start_directions']
+           'discriminant_directions', 'Start', 'discriminant_start']
 
 # %% ../../nbs/training/05_features.ipynb #fea00004
 import hashlib
@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -313,28 +313,38 @@ def prediction_inputs(
 # %% ../../nbs/training/05_features.ipynb #a647c761
 def discriminant_directions(
     h: np.ndarray,  # (n, V, F) float32, features of V views of each image, their mean subtracted
-    most: int = 32,  # directions
-) -> np.ndarray:  # (F, d), d at most F
+    most: int,  # directions
+) -> np.ndarray:  # (d, F), d at most F, the best last
     "Linear discriminant analysis with every image as a class: images differ along these, views hardly."
     n, V, F = h.shape
     centre = h.mean(1)  # (n, F)
     noise = (h - centre[:, None]).reshape(-1, F)  # (n V, F)
     within = noise.T @ noise / max(1, n * (V - 1))  # (F, F)
     within = (within + (np.trace(within) / F or 1.0) * np.eye(F, dtype=h.dtype)) / 2
-    return eigh(centre.T @ centre / n, within, subset_by_index=(max(0, F - most), F - 1))[1]
+    return eigh(centre.T @ centre / n, within, subset_by_index=(max(0, F - most), F - 1))[1].T
 
 
-def start_directions(
+class Start(NamedTuple):
+    "A clustering of features at which EM can begin."
+
+    images: Tensor  # (n, F) features of those it was found from, the mean of all subtracted
+    directions: Tensor  # (d, F) in which images differ and views do not, d at most D
+    clusters: Tensor  # (K, F) the cluster of h has the largest product with h
+
+
+def discriminant_start(
     features: np.ndarray,  # (M, V, F)
     mean: Tensor,  # (F,) of all features
     cfg: Config,
     most: int = 4096,  # images that are looked at, evenly spaced
-) -> Tensor:  # (K, F) whose largest product with h, the mean subtracted, is that of the nearest centroid
-    "Where the gate begins: the centroids of k-means among the directions of `discriminant_directions`."
+) -> Start:
+    "k-means, by angle, of the plain images along their 32 best discriminant directions."
     h = features[:: math.ceil(len(features) / most)].astype(np.float32) - mean.cpu().numpy()  # (n, V, F)
+    images = torch.from_numpy(np.ascontiguousarray(h[:, 0]))  # (n, F)
     with cpu_threads(cfg.threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different images than clusters
-        P = discriminant_directions(h)  # (F, d)
-        u = unit(torch.from_numpy(h[:, 0] @ P)).numpy()  # (n, d) of the plain images
+        P = torch.from_numpy(discriminant_directions(h, max(32, cfg.dim)).copy())  # (d, F)
+        u = unit(images @ P[-32:].T).numpy()  # (n, 32)
         kmeans = KMeans(cfg.n_clusters, n_init=10, random_state=cfg.seed % 2**32).fit(u)
-    return unit(torch.from_numpy(kmeans.cluster_centers_ @ P.T).float())
+    centroids = torch.from_numpy(kmeans.cluster_centers_).float()  # (K, 32)
+    return Start(images, P[-cfg.dim :], unit(centroids @ P[-32:]))

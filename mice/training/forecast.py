@@ -242,7 +242,7 @@ def measure_step_seconds(
 ) -> tuple[float, float]:  # seconds of a step, and of the health check of an epoch
     "Measured on a discarded run with a tiny `lr`, so that an absurd one fails in the real run and not here."
     sample = images[: max(256, cfg.batch_size)]
-    cfg = replace(cfg, lr=1e-9, gate_start="random")
+    cfg = replace(cfg, lr=1e-9, start="random")
     run = loop.init_run(loop.new_model(model_class, sample, cfg, trunk), sample, cfg)
     data = torch.from_numpy(sample)
     index = torch.arange(cfg.batch_size)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
@@ -36,8 +37,8 @@ from ..files import array_hash
 from ..gating import log_gate, simplex_prototypes, uniform_prototypes
 from ..mstep import PrototypeSum
 from ..normalizer import Queue
-from . import distributed, engine
-from .features import learns_from_features, prediction_inputs, start_directions, training_inputs
+from . import distributed, engine, features
+from .features import learns_from_features, prediction_inputs, training_inputs
 from .health import Health, diagnose, new_warnings, one_line
 from .trunks import as_trunk, pretrained_trunk, trunk_under_heads
 
@@ -177,16 +178,25 @@ class MiCEModel(StudentTeacher):
         return loss_bounds(cfg.nu, cfg.tau)
 
     @torch.no_grad()
-    def point_gate(
+    def start_at(
         self,
-        directions: Tensor,  # (K, F) of features
+        start: features.Start,  # directions, and clusters, of features
     ) -> None:
-        "Let the gate begin with the expert of the nearest direction; its weights keep their norm."
-        weight = torch.linalg.pinv(unit(self.omega)) @ directions  # (D, F)
-        heads, rows = self.student.heads, slice(self.omega.numel(), None)
-        if weight.any():  # otherwise all images are the same
-            heads.weight[rows] = weight * heads.weight[rows].norm() / weight.norm()
-            heads.bias[rows] = 0.0
+        "Begin EM at a clustering: its clusters in the gate, its directions in all experts, its means in mu."
+        if not start.clusters.any():
+            return  # all images are the same
+        K, D = self.omega.shape
+        heads, gate = self.student.heads, torch.linalg.pinv(unit(self.omega)) @ start.clusters  # (D, F)
+        expert = pad(start.directions, (0, 0, 0, D - len(start.directions)))  # (D, F)
+        weight = torch.cat([unit(expert.flatten()).reshape(D, -1)] * K + [unit(gate.flatten()).reshape(D, -1)])
+        heads.weight.copy_(weight * heads.weight.norm() / weight.norm())
+        heads.bias.zero_()
+        self.teacher = make_teacher(self.student)
+        with eval_mode(self):
+            f, g = self.student(start.images)
+            self.sums.add(f, self.log_gate(g).argmax(1))
+        self.mu.data.copy_(self.sums.prototypes(self.mu.data))
+        self.sums.reset()
 
     def start_training(self, cfg: Config) -> None:
         "A new optimiser, new sums, and the temperatures of `cfg`."
@@ -544,8 +554,8 @@ def new_model(
     "A model before training, for images of this scale."
     if are_features(images):
         model = kind(cfg, *channel_stats(images))
-        if cfg.gate_start == "discriminant" and isinstance(model, MiCEModel):
-            model.point_gate(start_directions(images, model.mean, cfg))
+        if cfg.start == "discriminant" and isinstance(model, MiCEModel):
+            model.start_at(features.discriminant_start(images, model.mean, cfg))
         return model
     trunk = trunk or pretrained_trunk(cfg.arch)
     trunk = None if trunk is None else as_trunk(trunk)

@@ -415,25 +415,32 @@ STARTS += [(*sizes, "uniform") for sizes in SIZES if sizes[1] >= sizes[0]]
 @pytest.mark.parametrize("K, D, F, omega", STARTS)
 def test_the_gate_begins_with_the_nearest_centroid(K, D, F, omega):
     x = feature_source(np.random.RandomState(K + F).randn(50, 3, F)).read(0).images
-    cfg = Config(arch="features", n_clusters=K, dim=D, nu=32, gate_start="discriminant", omega_start=omega)
-    model, random = new_model(MiCEModel, x, cfg), new_model(MiCEModel, x, replace(cfg, gate_start="random"))
+    cfg = Config(arch="features", n_clusters=K, dim=D, nu=32, start="discriminant", omega_start=omega)
+    model, random = new_model(MiCEModel, x, cfg), new_model(MiCEModel, x, replace(cfg, start="random"))
     h = torch.from_numpy(x[:, 0]).float() - model.mean
-    score = (unit(h) @ features.start_directions(x, model.mean, cfg).T).double()  # (50, K)
+    score = (unit(h) @ features.discriminant_start(x, model.mean, cfg).clusters.T).double()  # (50, K)
     sure = score.topk(2).values.diff(dim=1).abs()[:, 0] > 1e-4
     with torch.no_grad():
         found = model.log_gate(model.student.gate(h)).argmax(1)
     assert sure.sum() > 40
     np.testing.assert_array_equal(found[sure], score.argmax(1)[sure])
     ours, theirs = (net.student.heads.weight.detach() for net in (model, random))
-    np.testing.assert_array_equal(ours[: K * D], theirs[: K * D], "the experts begin at random")
-    torch.testing.assert_close(ours[K * D :].norm(), theirs[K * D :].norm())
+    torch.testing.assert_close(ours.norm(), theirs.norm())
+    with torch.no_grad():
+        f, v = (net.experts(h).double() for net in (model.student, model.teacher))
+        q = model.objective(f.float(), v.float(), model.student.gate(h)).log_posterior
+    assert torch.equal(f, v)
+    torch.testing.assert_close(f, f[:, :1].expand_as(f), msg="the experts begin alike")
+    for k in found.unique():
+        torch.testing.assert_close(model.mu[k].double(), unit(f[found == k, k].sum(0)), atol=1e-5, rtol=0)
+    assert (q.argmax(1) == found).double().mean() > 0.8, "the first E-step agrees with the start"
 
 
 @pytest.mark.parametrize("V", [1, 2, 7])
 def test_discriminant_directions_by_their_definition(V):
     h = np.random.RandomState(V).randn(40, V, 6).cumsum(2)
     h -= h.mean((0, 1))
-    P = features.discriminant_directions(h, 4)  # (6, 4)
+    P = features.discriminant_directions(h, 4).T  # (6, 4)
     images, within, between = [views.mean(0) for views in h], np.zeros((6, 6)), np.zeros((6, 6))
     for views, mean in zip(h, images, strict=True):
         between += np.outer(mean, mean) / 40
@@ -454,7 +461,7 @@ def test_the_start_ignores_what_views_change_and_finds_what_they_keep():
     h[:, :, :3] += np.eye(3)[z][:, None]  # the same in all views
     h[:, :, 3:6] += rng.randn(300, 5, 3)  # larger, and another in each view
     x = feature_source(h).read(0).images
-    cfg = Config(arch="features", n_clusters=3, dim=8, nu=32, gate_start="discriminant")
+    cfg = Config(arch="features", n_clusters=3, dim=8, nu=32, start="discriminant")
     model = new_model(MiCEModel, x, cfg)
     with torch.no_grad():
         gate = model.log_gate(model.student.gate(torch.from_numpy(x[:, 0]).float() - model.mean))
@@ -464,7 +471,7 @@ def test_the_start_ignores_what_views_change_and_finds_what_they_keep():
 
 def test_images_that_are_all_the_same_have_a_random_start():
     x = feature_source(np.tile(np.float32([1, 2, 3]), (20, 3, 1))).read(0).images
-    cfg = Config(arch="features", n_clusters=2, dim=4, nu=32, gate_start="discriminant")
+    cfg = Config(arch="features", n_clusters=2, dim=4, nu=32, start="discriminant")
     assert all(parameter.isfinite().all() for parameter in new_model(MiCEModel, x, cfg).parameters())
 
 
