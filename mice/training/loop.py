@@ -387,9 +387,8 @@ class Progress(Callback):
         speed = f"{done.images_per_second:.0f} images/s"
         self.bar.set_postfix_str(f"{bound}, {one_line(Health.read(done.health))}, {speed}", refresh=False)
         self.bar.update(done.epoch - self.bar.n)
-        which = "" if self.show else f"{run.cfg.n_clusters} clusters, seed {run.cfg.seed}, "  # of many runs
         for text in epoch_warnings(run.history) if distributed.is_main() else ():
-            tqdm.write(f"{which}epoch {done.epoch}: {text}", file=sys.stderr)
+            tqdm.write(f"epoch {done.epoch}: {text}", file=sys.stderr)
 
     def on_train_end(self, run: Run, error: BaseException | None) -> None:
         if self.bar is not None:

@@ -430,7 +430,7 @@ def test_the_gate_begins_with_the_nearest_centroid(K, D, F, omega):
         f, v = (net.experts(h).double() for net in (model.student, model.teacher))
         q = model.objective(f.float(), v.float(), model.student.gate(h)).log_posterior
     assert torch.equal(f, v)
-    torch.testing.assert_close(f, f[:, :1].expand_as(f), msg="the experts begin alike")
+    torch.testing.assert_close(f, f[:, :1].expand_as(f), atol=1e-5, rtol=0)  # the experts begin alike
     for k in found.unique():
         torch.testing.assert_close(model.mu[k].double(), unit(f[found == k, k].sum(0)), atol=1e-5, rtol=0)
     assert (q.argmax(1) == found).double().mean() > 0.8, "the first E-step agrees with the start"
@@ -501,7 +501,7 @@ def model(tmp_path_factory):
 
 def test_photographs_are_told_apart_on_the_pretrained_trunk(model):
     cfg = model.config_
-    assert (cfg.arch, cfg.frozen, cfg.views, cfg.lr) == ("efficientnet_lite0", True, "mild", 0.5)
+    assert (cfg.arch, cfg.frozen, cfg.views, cfg.lr) == ("efficientnet_lite0", True, "mild", 0.2)
     same = (model.labels_ == np.repeat([0, 1], 42)).mean()
     assert max(same, 1 - same) >= 0.95
     np.testing.assert_array_equal(model.predict(PHOTOS), model.labels_)
