@@ -188,7 +188,7 @@ class MiCEModel(StudentTeacher):
         K, D = self.omega.shape
         heads, gate = self.student.heads, torch.linalg.pinv(unit(self.omega)) @ start.clusters  # (D, F)
         expert = pad(start.directions, (0, 0, 0, D - len(start.directions)))  # (D, F)
-        weight = torch.cat([unit(expert.flatten()).reshape(D, -1)] * K + [unit(gate.flatten()).reshape(D, -1)])
+        weight = torch.cat([expert / expert.norm()] * K + [gate / gate.norm()])
         heads.weight.copy_(weight * heads.weight.norm() / weight.norm())
         heads.bias.zero_()
         self.teacher = make_teacher(self.student)
@@ -417,7 +417,7 @@ def nonfinite_error(
     what = f"the loss or its gradient is NaN or infinite in epoch {run.epoch}, step {step}"
     if step == 0 and not run.history:
         return FloatingPointError(
-            f"{what}, before anything was learned: the model or the features of its trunk hold NaN or infinity"
+            f"{what}, before anything was learned: the model, or what its trunk gives, holds NaN or infinity"
         )
     lr = learning_rate(run.cfg, run.epoch)
     return FloatingPointError(f"{what}, at learning rate {lr:g}: lower lr, or lengthen warmup")
