@@ -165,7 +165,6 @@ def is_warm_start(
     return est.warm_start and hasattr(est, "model_")
 
 
-
 def check_parameters(
     est: BaseEstimator,  # a `MiCE`
 ) -> None:

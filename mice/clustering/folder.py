@@ -263,7 +263,7 @@ def write_results(
 # %% ../../nbs/clustering/05_folder.ipynb #63e570eb
 SCORES_EXPLAINED = """agreement: 1 if other starts find the same clusters, 0 if only by chance
 silhouette: 1 if the clusters lie far apart, 0 if they do not; score: mean of both, the silhouette as a share
-of the largest; fresh views: how surely an image is recognised in a new view, 0 nats is always
+of the largest; fresh views: log-probability of recognising an image in a new view, 0 nats: certain
 """
 
 
