@@ -42,13 +42,13 @@ from ..data.cache import chunks
 from ..data.folders import DecodedImages, first_few_files, skipped_files
 from ..data.images import are_features
 from ..data.inputs import Source, feature_source, opened, with_channels
-from ..data.views import augment
+from ..data.views import augment, channel_stats
 from ..files import array_hash, as_value_error, atomic_write
 from ..text import format_duration, plural
 from ..training import distributed, loop
 from ..training.checkpoints import Checkpointer, raw_bits
 from ..training.engine import cpu_threads, find_device, prepare_model
-from ..training.features import learns_from_features, training_inputs
+from ..training.features import learns_from_features, start_directions, training_inputs
 from ..training.forecast import describe_forecast, forecast
 from ..training.health import Health
 from ..training.loop import Epoch, MiCEModel, Prediction, flat_embeddings, warnings_by_epoch
@@ -377,8 +377,9 @@ def fit_once(
     images: np.ndarray,  # (M, S, S, C) uint8, or features of their views
     cfg: Config,
     trial: bool = False,  # one of many: a checkpoint folder of its own, no progress bar, no callbacks
+    directions: np.ndarray | None = None,  # of the start, which trials share
 ) -> tuple[MiCEModel, list[Epoch]]:
-    "Train once, from random weights or, on a warm start, from those of the existing model."
+    "Train once, from a new model or, on a warm start, from the existing one."
     callbacks, progress = ([], False) if trial else ([*est.callbacks], bool(est.verbose))
     if est.checkpoint_dir is not None:
         name = f"trials/k{cfg.n_clusters}-seed{cfg.seed}" if trial else f"seed{cfg.seed}"
@@ -386,8 +387,10 @@ def fit_once(
         keeper = Checkpointer(folder, cfg.checkpoint_seconds, at_end=not trial)
         callbacks = [*callbacks, keeper]  # it saves what the others did
     if is_warm_start(est):
-        return loop.train(deepcopy(est.model_), images, cfg, callbacks, progress)
-    return loop.fit(images, cfg, callbacks, progress, own_network(est))
+        model = deepcopy(est.model_)
+    else:
+        model = loop.new_model(MiCEModel, images, cfg, own_network(est), directions)
+    return loop.train(model, images, cfg, callbacks, progress)
 
 # %% ../../nbs/clustering/01_estimator.ipynb #9544dad9
 def kept_trial(
@@ -408,6 +411,7 @@ def run_trial(
     est: BaseEstimator,  # a `MiCE`
     inputs: np.ndarray,  # (M, S, S, C) uint8, or features of their views
     images_hash: str,  # of these
+    directions: np.ndarray | None,  # of the start; None: each trial finds its own
     cfg: Config,
 ) -> tuple[RunScores, np.ndarray]:  # scores, without agreement; (M,) int64 cluster of each image
     "A short run and its scores; one that has ended is not run again after an interruption."
@@ -416,7 +420,8 @@ def run_trial(
         with suppress(OSError, ValueError, KeyError, TypeError):
             facts = json.loads(kept.read_bytes())
             return RunScores.read(facts["scores"]), np.array(facts["clusters"])
-    scores, clusters = score_run(*fit_once(est, inputs, cfg, trial=True), inputs, cfg)
+    model, history = fit_once(est, inputs, cfg, trial=True, directions=directions)
+    scores, clusters = score_run(model, history, inputs, cfg)
     if kept is not None:
         facts = dict(scores=scores._asdict(), clusters=clusters.tolist())
         with suppress(OSError), atomic_write(kept) as file:
@@ -459,7 +464,10 @@ def compare_trials(
         print(f"MiCE: comparing {', '.join(map(str, data.ks))} clusters: {len(cfgs)} runs, about {duration}")
 
     inputs = training_inputs(data.images, cfgs[0], trunk, bool(est.verbose))
-    trial = partial(run_trial, est, inputs, array_hash(inputs) if est.checkpoint_dir else "")
+    directions = None
+    if cfgs[-1].start == "discriminant":
+        directions = start_directions(inputs, channel_stats(inputs)[0], cfgs[-1])
+    trial = partial(run_trial, est, inputs, array_hash(inputs) if est.checkpoint_dir else "", directions)
     return compare_runs(inputs, cfgs, trial, bool(est.verbose)), inputs
 
 # %% ../../nbs/clustering/01_estimator.ipynb #56f991f5

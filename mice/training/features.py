@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PIXELS_AT_ONCE', 'CHUNK', 'FrozenTrunk', 'feature_chunk', 'FeatureFile',
            'feature_key', 'feature_file', 'feature_seconds', 'chunks_with_bar', 'view_features', 'features_in_memory',
            'plain_features', 'learns_from_features', 'measure_feature_seconds', 'training_inputs', 'prediction_inputs',
-           'discriminant_directions', 'Start', 'discriminant_start']
+           'discriminant_directions', 'centred', 'start_directions', 'Start', 'discriminant_start']
 
 # %% ../../nbs/training/05_features.ipynb #fea00004
 import hashlib
@@ -324,6 +324,25 @@ def discriminant_directions(
     return eigh(centre.T @ centre / n, within, subset_by_index=(max(0, F - most), F - 1))[1].T
 
 
+def centred(
+    features: np.ndarray,  # (M, V, F)
+    mean: Tensor,  # (F,) of all features
+    most: int = 4096,  # images, evenly spaced
+) -> np.ndarray:  # (n, V, F) float32, n at most `most`
+    "The features of the images that a start looks at, their mean subtracted."
+    return features[:: math.ceil(len(features) / most)].astype(np.float32) - mean.cpu().numpy()
+
+
+def start_directions(
+    features: np.ndarray,  # (M, V, F)
+    mean: Tensor,  # (F,) of all features
+    cfg: Config,
+) -> np.ndarray:  # (d, F), d at most F, the best last
+    "The directions of `discriminant_start`, which fits with other K and seeds may share."
+    with cpu_threads(cfg.threads):
+        return discriminant_directions(centred(features, mean), max(32, cfg.dim)).copy()
+
+
 class Start(NamedTuple):
     "A clustering of features at which EM can begin."
 
@@ -336,14 +355,15 @@ def discriminant_start(
     features: np.ndarray,  # (M, V, F)
     mean: Tensor,  # (F,) of all features
     cfg: Config,
-    most: int = 4096,  # images that are looked at, evenly spaced
+    directions: np.ndarray | None = None,  # as from `start_directions`; None: they are computed
 ) -> Start:
     "k-means, by angle, of the plain images along their 32 best discriminant directions."
-    h = features[:: math.ceil(len(features) / most)].astype(np.float32) - mean.cpu().numpy()  # (n, V, F)
-    images = torch.from_numpy(np.ascontiguousarray(h[:, 0]))  # (n, F)
+    if directions is None:
+        directions = start_directions(features, mean, cfg)
+    images = torch.from_numpy(centred(features[:, :1], mean)[:, 0])  # (n, F)
+    P = torch.from_numpy(directions)  # (d, F)
     with cpu_threads(cfg.threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different images than clusters
-        P = torch.from_numpy(discriminant_directions(h, max(32, cfg.dim)).copy())  # (d, F)
         u = unit(images @ P[-32:].T).numpy()  # (n, 32)
         kmeans = KMeans(cfg.n_clusters, n_init=10, random_state=cfg.seed % 2**32).fit(u)
     centroids = torch.from_numpy(kmeans.cluster_centers_).float()  # (K, 32)

@@ -549,12 +549,13 @@ def new_model(
     images: np.ndarray,  # (M, H, W, C) uint8, or features of their views
     cfg: Config,
     trunk: nn.Module | None = None,  # of your own; None: the one that `cfg` names
+    directions: np.ndarray | None = None,  # as from `start_directions`, if the start has to find them no more
 ) -> StudentTeacher:
     "A model before training, for images of this scale."
     if are_features(images):
         model = kind(cfg, *channel_stats(images))
         if cfg.start == "discriminant" and isinstance(model, MiCEModel):
-            model.start_at(features.discriminant_start(images, model.mean, cfg))
+            model.start_at(features.discriminant_start(images, model.mean, cfg, directions))
         return model
     trunk = trunk or pretrained_trunk(cfg.arch)
     trunk = None if trunk is None else as_trunk(trunk)

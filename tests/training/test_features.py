@@ -34,7 +34,7 @@ from mice.data.views import render, sample_params, to_float
 from mice.training import features
 from mice.training.checkpoints import Checkpointer
 from mice.training.features import CHUNK, measure_feature_seconds, view_features
-from mice.training.loop import Callback, MiCEModel, new_model
+from mice.training.loop import Callback, MiCEModel, fit, new_model, predict
 from mice.training.trunks import PRETRAINED, Trunk, Weights
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -473,6 +473,19 @@ def test_images_that_are_all_the_same_have_a_random_start():
     x = feature_source(np.tile(np.float32([1, 2, 3]), (20, 3, 1))).read(0).images
     cfg = Config(arch="features", n_clusters=2, dim=4, nu=32, start="discriminant")
     assert all(parameter.isfinite().all() for parameter in new_model(MiCEModel, x, cfg).parameters())
+
+
+def test_trials_share_the_directions_of_their_start_and_are_the_same_runs(monkeypatch):
+    x, calls, found = np.random.RandomState(0).randn(60, 3, 8), [], features.discriminant_directions
+    monkeypatch.setattr(features, "discriminant_directions", lambda *given: calls.append(1) or found(*given))
+    est = MiCE("2..3", trunk="features", epochs=1, random_state=0, verbose=False).fit(x)
+    assert len(calls) == 2  # once for the six trials, once for the fit
+    inputs = feature_source(x).read(0).images
+    for row, clusters in zip(est.comparison_.rows, est.comparison_.clusters, strict=True):
+        cfg = replace(est.config_, n_clusters=row.n_clusters, seed=row.seed)
+        model, history = fit(inputs, cfg, progress=False)
+        assert history[-1].loss == row.loss
+        np.testing.assert_array_equal(predict(model, inputs, cfg).log_posterior.argmax(1), clusters)
 
 
 # ---- photographs ----
