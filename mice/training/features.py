@@ -320,7 +320,7 @@ def discriminant_directions(
     centre = h.mean(1)  # (n, F)
     noise = (h - centre[:, None]).reshape(-1, F)  # (n V, F)
     within = noise.T @ noise / max(1, n * (V - 1))  # (F, F)
-    within = (within + (np.trace(within) / F or 1.0) * np.eye(F, dtype=h.dtype)) / 2
+    within = 0.05 * within + 0.95 * (np.trace(within) / F or 1.0) * np.eye(F, dtype=h.dtype)
     return eigh(centre.T @ centre / n, within, subset_by_index=(max(0, F - most), F - 1))[1].T
 
 
@@ -340,7 +340,7 @@ def start_directions(
 ) -> np.ndarray:  # (d, F), d at most F, the best last
     "The directions of `discriminant_start`, which fits with other K and seeds may share."
     with cpu_threads(cfg.threads):
-        return discriminant_directions(centred(features, mean), max(32, cfg.dim)).copy()
+        return discriminant_directions(centred(features, mean), cfg.dim).copy()
 
 
 class Start(NamedTuple):
@@ -357,14 +357,14 @@ def discriminant_start(
     cfg: Config,
     directions: np.ndarray | None = None,  # as from `start_directions`; None: they are computed
 ) -> Start:
-    "k-means, by angle, of the plain images along their 32 best discriminant directions."
+    "k-means, by angle, of the plain images along their D best discriminant directions."
     if directions is None:
         directions = start_directions(features, mean, cfg)
     images = torch.from_numpy(centred(features[:, :1], mean)[:, 0])  # (n, F)
-    P = torch.from_numpy(directions)  # (d, F)
+    P = torch.from_numpy(directions[-cfg.dim :])  # (d, F)
     with cpu_threads(cfg.threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different images than clusters
-        u = unit(images @ P[-32:].T).numpy()  # (n, 32)
+        u = unit(images @ P.T).numpy()  # (n, d)
         kmeans = KMeans(cfg.n_clusters, n_init=10, random_state=cfg.seed % 2**32).fit(u)
-    centroids = torch.from_numpy(kmeans.cluster_centers_).float()  # (K, 32)
-    return Start(images, P[-cfg.dim :], unit(centroids @ P[-32:]))
+    centroids = torch.from_numpy(kmeans.cluster_centers_).float()  # (K, d)
+    return Start(images, P, unit(centroids @ P))
