@@ -200,7 +200,9 @@ def trunk_settings(
 ) -> dict:  # fields of a `Config` that follow from it
     "The given trunk; otherwise, where it suits and is installed, a frozen pretrained one."
     if own_network(est):
-        return dict(arch="module", trunk_hash=trunk_hash(as_trunk(est.trunk)), frozen=bool(est.frozen))
+        trunk = as_trunk(est.trunk)
+        size = {} if trunk.size is None or est.image_size else dict(image_size=trunk.size)
+        return dict(arch="module", trunk_hash=trunk_hash(trunk), frozen=est.frozen is not False) | size
     name = est.trunk
     if name is None and suits_pretrained(est, source) and weights_path("efficientnet_lite0"):
         name = "efficientnet_lite0"
@@ -262,7 +264,7 @@ def estimator_config(
         fixed = {name: given.get(name) for name in ("epochs", "image_size")}
         frozen = est.config_.frozen if is_warm_start(est) else given.get("frozen")
         frozen = bool(frozen or given_features(est))
-        if frozen or given.get("arch") in PRETRAINED:
+        if frozen or given.get("arch") in (*PRETRAINED, "module"):
             chosen = pretrained_settings(M, source.shape, K, **fixed, frozen=frozen)
         else:
             chosen = auto_settings(M, source.shape, device.type, K, **fixed)
@@ -339,7 +341,7 @@ class FitData(NamedTuple):
     def config(self, est: BaseEstimator, seed: int, **decided: object) -> Config:
         "As from `estimator_config`, for the images that were read."
         size = {} if are_features(self.images) else dict(image_size=self.images.shape[1])
-        return estimator_config(est, self.source, seed, **size, **self.network, **decided)
+        return estimator_config(est, self.source, seed, **self.network | size | decided)
 
 
 def prepare_fit(
@@ -511,7 +513,7 @@ class MiCE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         *,
         preset: str = "auto",  # decides what is None below: 'auto', or 'paper' for the paper's values
         trunk: object = None,  # a name of `config.ARCHS`, a torch.nn.Module, or 'features': X holds them
-        frozen: bool | None = None,  # the trunk does not learn; pretrained ones are frozen by default
+        frozen: bool | None = None,  # the trunk does not learn; None: pretrained ones and your own do not
         cached_views: int | None = None,  # random views of each image whose features a frozen trunk computes
         image_size: int | None = None,  # images are brought to this height and width, pixels
         views: str | None = None,  # 'colour' or 'mild' for photographs, 'affine' for drawings and writing

@@ -39,7 +39,7 @@ from .trunks import as_trunk, folded, pretrained_trunk, trunk_hash
 
 # %% ../../nbs/training/05_features.ipynb #fea00005
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # where a trunk says nothing else
-PIXELS_AT_ONCE = 220_000  # per pass of the trunk: its largest map stays in reach of the processor's cache
+PIXELS_AT_ONCE = 220_000  # per pass on a CPU: the largest feature map stays within reach of its cache
 
 
 class FrozenTrunk:
@@ -53,6 +53,7 @@ class FrozenTrunk:
         trunk = as_trunk(trunk or pretrained_trunk(cfg.arch))
         self.hash = trunk_hash(trunk)
         self.n_features = trunk.n_features
+        self.smallest = trunk.size or getattr(trunk.net, "smallest", 1)  # pixels, smaller images are enlarged
         self.device = find_device(cfg.device)
         scale = (IMAGENET_MEAN, IMAGENET_STD) if trunk.mean is None else (trunk.mean, trunk.std)
         self.mean, self.std = (torch.tensor(x, dtype=torch.float32).to(self.device) for x in scale)
@@ -66,8 +67,10 @@ class FrozenTrunk:
     ) -> Tensor:  # (N, F) unit rows, float16, on the CPU
         "The direction of the features of each image."
         x = standardise(x.to(self.device).expand(-1, 3, -1, -1), self.mean, self.std)
+        pixels = max(x[0, 0].numel(), self.smallest**2)
+        at_once = max(1, PIXELS_AT_ONCE // pixels) if self.device.type == "cpu" else len(x)
         parts = []
-        for part in x.split(max(1, PIXELS_AT_ONCE // x[0, 0].numel())):
+        for part in x.split(at_once):
             part = part.contiguous(memory_format=torch.channels_last)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 parts.append(self.net(part).float())

