@@ -10,8 +10,9 @@ __all__ = ['PAPER_DATASETS', 'ABLATIONS', 'TABLE_METHODS', 'PRETRAINED_TITLES', 
            'Measured', 'measured', 'number_or', 'mean_and_std', 'brace_seeds', 'source_rows', 'blank_repeats',
            'narrow_table1', 'as_text', 'row_link', 'source_item', 'as_html', 'our_cells', 'our_lines', 'table1',
            'method_title', 'epochs_of_paper', 'paper_acc', 'acc_minus_paper', 'run_line', 'table_of_lines', 'run_table',
-           'keep_shared_seeds', 'ablation_blocks', 'ablation_table', 'pretrained_line', 'pretrained_table', 'cost_line',
-           'cost_table', 'comparison_sentence', 'comparison_lines', 'all_tables', 'results_text']
+           'keep_shared_seeds', 'ablation_blocks', 'ablation_table', 'pretrained_line', 'pretrained_title',
+           'pretrained_table', 'cost_line', 'cost_table', 'comparison_sentence', 'comparison_lines', 'all_tables',
+           'results_text']
 
 # %% ../../nbs/reproduction/05_tables.ipynb #4b9105a3
 import html
@@ -613,6 +614,16 @@ def pretrained_line(
     return run_line(group) | {column: measured(text, group) for column, text in costs.items()}
 
 
+def pretrained_title(
+    group: Group,  # runs on a pretrained trunk
+) -> str:
+    "The method, and what tells its runs from others with the same one."
+    title = PRETRAINED_TITLES[group.method]
+    if group.settings["cached_views"] == 0:
+        return f"{title}, without views"
+    return title if group.settings["frozen"] else f"{title}, trained trunk"
+
+
 def pretrained_table(
     rows: list[Row],  # of a ledger
 ) -> pd.DataFrame:  # (dataset, method, hash) x `PRETRAINED_COLUMNS`
@@ -626,12 +637,7 @@ def pretrained_table(
 
     labels, lines = [], []
     for group in sorted((g for g in group_runs(rows) if g.variant == "pretrained"), key=order):
-        title = PRETRAINED_TITLES[group.method]
-        if group.settings["cached_views"] == 0:
-            title += ", without views"
-        elif not group.settings["frozen"]:
-            title += ", trained trunk"
-        labels.append((dataset_title(group.dataset), title, group.hash))
+        labels.append((dataset_title(group.dataset), pretrained_title(group), group.hash))
         lines.append(pretrained_line(group))
     return table_of_lines(labels, lines, ["dataset", "method", "hash"], PRETRAINED_COLUMNS)
 
@@ -661,8 +667,13 @@ def cost_table(
     rows: list[Row],  # of a ledger
 ) -> pd.DataFrame:  # (dataset, method, hash) x `COST_COLUMNS`
     "Wall-clock time, speed, memory and device of every group of runs."
+
+    def title(group):
+        pretrained = group.variant == "pretrained"
+        return f"{pretrained_title(group)}, pretrained" if pretrained else method_title(group)
+
     groups = group_runs(rows)
-    labels = [(dataset_title(group.dataset), method_title(group), group.hash) for group in groups]
+    labels = [(dataset_title(group.dataset), title(group), group.hash) for group in groups]
     lines = [cost_line(group) for group in groups]
     return table_of_lines(labels, lines, ["dataset", "method", "hash"], COST_COLUMNS)
 
