@@ -669,8 +669,10 @@ def cost_table(
     "Wall-clock time, speed, memory and device of every group of runs."
 
     def title(group):
-        pretrained = group.variant == "pretrained"
-        return f"{pretrained_title(group)}, pretrained" if pretrained else method_title(group)
+        if group.variant != "pretrained":
+            return method_title(group)
+        plain, found = PRETRAINED_TITLES[group.method], pretrained_title(group)
+        return f"{found}, pretrained" if found == plain else found
 
     groups = group_runs(rows)
     labels = [(dataset_title(group.dataset), title(group), group.hash) for group in groups]
