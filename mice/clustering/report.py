@@ -217,13 +217,13 @@ def near_duplicates(
     "Pairs of images with nearly the same pixels."
     if len(findings.images) < 2:
         return []
-    parts = []
     pixels = torch.from_numpy(findings.images).flatten(1)  # (M, S * S * C)
     pairs = neighbour_pairs(duplicate_descriptors(findings), 3)  # (P, 2)
+    similarity = torch.empty(len(pairs))  # allocated once: small results between large ones fragment memory
     at_once = max(1, 2**22 // pixels.shape[1])  # pairs whose pixels take 16 MB each as floats
-    for i, j in (block.T for block in pairs.split(at_once)):
-        parts.append(pixel_similarity(pixels[i].float(), pixels[j].float()))
-    similarity = torch.cat(parts)  # (P,)
+    for block, found in zip(pairs.split(at_once), similarity.split(at_once), strict=True):
+        i, j = block.T
+        found.copy_(pixel_similarity(pixels[i].float(), pixels[j].float()))
     order = similarity.argsort(descending=True, stable=True)[:max_pairs]
     return [(*pairs[p].tolist(), similarity[p].item()) for p in order if similarity[p] >= NEAR_DUPLICATE]
 
