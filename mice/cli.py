@@ -223,8 +223,8 @@ TRAINING = [
     click.Option(
         ["--trunk"],
         metavar="NAME",
-        help="The network below the clusters: efficientnet_lite0 comes pretrained; others, such as small, learn "
-        "from your images alone.  [default: efficientnet_lite0 for photographs]",
+        help="The network below the clusters: efficientnet_lite0 comes pretrained; others, such as small, "
+        "learn from your images alone.  [default: efficientnet_lite0 for photographs]",
     ),
     click.Option(
         ["--n-init", "n_init"],

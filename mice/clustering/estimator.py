@@ -284,7 +284,7 @@ def check_batching(
     N, found = cfg.batch_size, []
     require(M >= N, f"batch_size must be at most the number of images, {M}, got {N}")
     if cfg.frozen and cfg.cached_views == 0:
-        found.append("cached_views = 0: the heads on a frozen trunk see plain images alone, and learn little from them")
+        found.append("cached_views = 0: the heads on a frozen trunk learn little from plain images alone")
     if cfg.nu > 2 * M:
         epochs = f"nu = {cfg.nu} negatives are {cfg.nu / M:.0f} epochs of {M} images"
         found.append(f"{epochs}: the queue would hold most images several times; choose nu at most {M}")
