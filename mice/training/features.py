@@ -318,7 +318,7 @@ def discriminant_directions(
     h: np.ndarray,  # (n, V, F) float32, features of V views of each image, their mean subtracted
     most: int,  # directions
 ) -> np.ndarray:  # (d, F), d at most F, the best last
-    "Linear discriminant analysis with every image as a class: images differ along these, views hardly."
+    "Discriminant analysis with every image as a class, shrunk towards the principal components."
     n, V, F = h.shape
     centre = h.mean(1)  # (n, F)
     noise = (h - centre[:, None]).reshape(-1, F)  # (n V, F)

@@ -549,7 +549,7 @@ def new_model(
     images: np.ndarray,  # (M, H, W, C) uint8, or features of their views
     cfg: Config,
     trunk: nn.Module | None = None,  # of your own; None: the one that `cfg` names
-    directions: np.ndarray | None = None,  # as from `start_directions`, if the start has to find them no more
+    directions: np.ndarray | None = None,  # as from `start_directions`; None: they are computed
 ) -> StudentTeacher:
     "A model before training, for images of this scale."
     if are_features(images):
