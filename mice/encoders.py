@@ -12,10 +12,8 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torchvision.models.resnet import BasicBlock
 
 from .config import CHOICES
 from .core import key, require, unit
@@ -32,6 +30,8 @@ def small_trunk(
     width: int = 16,  # channels after the first convolution; doubled twice
 ) -> nn.Sequential:  # (N, channels, H, W) -> (N, 4 * width)
     "Three residual blocks for small images and small machines."
+    from torchvision.models.resnet import BasicBlock  # loads torch's compiler, too: only where it is needed
+
     def conv(i, o, size, stride):
         return nn.Sequential(nn.Conv2d(i, o, size, stride, size // 2, bias=False), nn.BatchNorm2d(o))
 
@@ -65,7 +65,9 @@ def make_trunk(
         return UnitRows(), channels
     if arch == "small":
         return small_trunk(channels), 64
-    trunk = getattr(torchvision.models, arch.removesuffix("_cifar"))(weights=None)
+    from torchvision import models
+
+    trunk = getattr(models, arch.removesuffix("_cifar"))(weights=None)
     if arch.endswith("_cifar"):
         trunk.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
         trunk.maxpool = nn.Identity()

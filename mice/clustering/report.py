@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from .. import __version__
@@ -126,13 +127,14 @@ def reduce_dimension(
     D: int,  # axes to keep at most
 ) -> Tensor:  # (M, D') unit rows, D' <= D
     "Unit embeddings along their main axes."
-    blocks = [unit(x) for x in torch.as_tensor(embeddings).float().split(4096)]  # (4096, D) each
-    sample = torch.cat(blocks)[rows].numpy()
+    x = torch.as_tensor(embeddings).float()  # (M, D)
+    sample = unit(x[torch.from_numpy(rows)]).numpy()  # (L, D)
     if len(sample) < 5 or (sample == sample[0]).all():  # nothing to find axes by
-        return torch.cat(blocks)[:, :D]
+        return unit(x)[:, :D]
     solver = "randomized" if min(sample.shape) > D else "full"
     pca = PCA(min(D, *sample.shape), svd_solver=solver, random_state=0).fit(sample)
-    return unit(torch.cat([torch.from_numpy(pca.transform(x.numpy())) for x in blocks]))
+    axes = [torch.from_numpy(pca.transform(unit(block).numpy())) for block in x.split(4096)]  # (4096, D') each
+    return unit(torch.cat(axes))
 
 # %% ../../nbs/clustering/04_report.ipynb #5345558b
 def place_by_neighbours(
@@ -198,13 +200,10 @@ def neighbour_pairs(
     k: int,  # neighbours of each row
 ) -> Tensor:  # (P, 2) pairs i < j, no pair twice, P at most M * k
     "Pairs of rows of which one is among the k nearest of the other."
-    parts = []
-    k = min(k + 1, len(x))  # the nearest of all is the row itself
-    for block in x.split(512):  # never all M * M distances at once
-        parts.append(torch.cdist(block, x).topk(k, largest=False).indices)
-    near = torch.cat(parts)  # (M, k)
-    pairs = torch.stack([torch.arange(len(x))[:, None].expand_as(near), near], -1).flatten(0, 1)  # (M * k, 2)
-    return pairs[pairs[:, 0] != pairs[:, 1]].sort(1).values.unique(dim=0)
+    index = NearestNeighbors(n_neighbors=min(k, len(x) - 1), algorithm="brute").fit(x.numpy())
+    near = torch.from_numpy(index.kneighbors(return_distance=False))  # (M, k) without the row itself
+    pairs = torch.stack([torch.arange(len(x))[:, None].expand_as(near), near], -1)  # (M, k, 2)
+    return pairs.flatten(0, 1).sort(1).values.unique(dim=0)
 
 # %% ../../nbs/clustering/04_report.ipynb #82aa9ff5
 NEAR_DUPLICATE = 0.95  # smallest similarity of two images that are shown as near-duplicates

@@ -269,6 +269,8 @@ def gather_rows(
     wanted = lengths[rank()]
     has = f"rank {rank()} of {world_size()} has {wanted} of {count} items"
     require(len(x) == wanted, f"{has}, got {len(x)} rows")
+    if world_size() == 1:
+        return x.detach()
     padded = x.new_zeros(max(lengths), *x.shape[1:])  # (largest m, ...)
     padded[: len(x)] = x.detach()
     rows = all_gather(padded).unflatten(0, (world_size(), max(lengths)))  # (R, largest m, ...)

@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PIXELS_AT_ONCE', 'CHUNK', 'FrozenTrunk', 'feature_chunk', 'FeatureFile',
            'feature_key', 'feature_file', 'feature_seconds', 'chunks_with_bar', 'view_features', 'features_in_memory',
            'plain_features', 'learns_from_features', 'measure_feature_seconds', 'training_inputs', 'prediction_inputs',
-           'discriminant_directions', 'centred', 'start_directions', 'Start', 'discriminant_start']
+           'covariance', 'discriminant_directions', 'centred', 'start_directions', 'Start', 'discriminant_start']
 
 # %% ../../nbs/training/05_features.ipynb #fea00004
 import hashlib
@@ -314,6 +314,15 @@ def prediction_inputs(
     return plain_features(images, cfg, trunk)
 
 # %% ../../nbs/training/05_features.ipynb #a647c761
+def covariance(
+    x: np.ndarray,  # (..., F) about their mean
+    count: int,  # degrees of freedom
+) -> np.ndarray:  # (F, F)
+    "The mean product of each two features."
+    x = x.reshape(-1, x.shape[-1])
+    return x.T @ x / max(1, count)
+
+
 def discriminant_directions(
     h: np.ndarray,  # (n, V, F) float32, features of V views of each image, their mean subtracted
     most: int,  # directions
@@ -321,10 +330,9 @@ def discriminant_directions(
     "Discriminant analysis with every image as a class, shrunk towards the principal components."
     n, V, F = h.shape
     centre = h.mean(1)  # (n, F)
-    noise = (h - centre[:, None]).reshape(-1, F)  # (n V, F)
-    within = noise.T @ noise / max(1, n * (V - 1))  # (F, F)
+    within = covariance(h - centre[:, None], n * (V - 1))  # (F, F)
     within = 0.05 * within + 0.95 * (np.trace(within) / F or 1.0) * np.eye(F, dtype=h.dtype)
-    return eigh(centre.T @ centre / n, within, subset_by_index=(max(0, F - most), F - 1))[1].T
+    return eigh(covariance(centre, n), within, subset_by_index=(max(0, F - most), F - 1))[1].T
 
 
 def centred(
@@ -333,7 +341,9 @@ def centred(
     most: int = 4096,  # images, evenly spaced
 ) -> np.ndarray:  # (n, V, F) float32, n at most `most`
     "The features of the images that a start looks at, their mean subtracted."
-    return features[:: math.ceil(len(features) / most)].astype(np.float32) - mean.cpu().numpy()
+    h = features[:: math.ceil(len(features) / most)].astype(np.float32)
+    h -= mean.cpu().numpy()
+    return h
 
 
 def start_directions(

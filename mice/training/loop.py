@@ -592,21 +592,21 @@ def predict(
     trunk: nn.Module | None = None,  # a frozen one of your own; None: the one that `cfg` names
 ) -> Prediction:
     "Posterior over clusters and embeddings of each image, independent of order and batch unless `official`."
-    parts = []
     queue = deepcopy(model.queue) if cfg.official else model.queue
     images = torch.from_numpy(prediction_inputs(check_images(images), cfg, trunk))
     together = together and not cfg.official  # there, the order of all images matters
-    mine = distributed.shard_slice(len(images)) if together else slice(0, len(images))
+    mine = images[distributed.shard_slice(len(images))] if together else images
+    found = Prediction(*(torch.empty(len(mine), *shape) for shape in (model.mu.shape[:1], model.mu.shape)))
+    parts = zip(*(x.split(batch) for x in found), strict=True)  # filled in place: memory for one copy alone
     with eval_mode(model):
-        for x in standardised_batches(images[mine], model.mean, model.std, batch):
+        for x, part in zip(standardised_batches(mine, model.mean, model.std, batch), parts, strict=True):
             f, g = model.student(x)
             v = model.teacher.experts(x)
-            log_posterior = model.objective(f, v, g, queue).log_posterior
+            part[0].copy_(model.objective(f, v, g, queue).log_posterior)
+            part[1].copy_(f)
             if cfg.official:
                 queue.enqueue(v)
-            parts.append((log_posterior.cpu(), f.cpu()))
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return Prediction(*([distributed.gather_rows(x, len(images)) for x in columns] if together else columns))
+    return Prediction(*(distributed.gather_rows(x, len(images)) for x in found)) if together else found
 
 # %% ../../nbs/training/04_loop.ipynb #a1000012
 def flat_embeddings(
