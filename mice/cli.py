@@ -385,8 +385,9 @@ def info_command(model, as_json):
     show_default=True,
     help="Folder for the executed notebook, figures, labels and ledger.",
 )
+@click.option("--no-notebook", is_flag=True, help="Run without Jupyter, in this process.")
 @click.option("--dry-run", is_flag=True, help="Print the parameters and a forecast, and stop.")
-def reproduce_command(name, seed, settings, data, download, strict, out, dry_run):
+def reproduce_command(name, seed, settings, data, download, strict, out, no_notebook, dry_run):
     "Run the experiment NAME, such as 'digits', and add one row to the ledger. Without NAME, list all."
     from mice.reproduction import runner
 
@@ -403,10 +404,16 @@ def reproduce_command(name, seed, settings, data, download, strict, out, dry_run
         for line in runner.dry_run_lines(values):
             click.echo(f"# {line}")
         return
-    if int(os.environ.get("RANK", 0)) > 0:  # torchrun has started several; rank 0 runs the notebook
-        from mice.reproduction.methods import run_worker
+    if int(os.environ.get("RANK", 0)) > 0:  # torchrun has started several; rank 0 evaluates and records
+        from mice.config import config_from
+        from mice.reproduction.run import run_worker
 
-        return run_worker(values, out)
+        return run_worker(config_from(values), out)
+    if no_notebook:
+        with command_output():
+            row = runner.run_experiment(values, out)
+        click.echo(f"\n{runner.result_line(row)}")
+        return
     row, executed = runner.reproduce(values, out, log_stream(sys.stderr))
     click.echo(f"\n{runner.result_line(row)}\nnotebook  {executed}")
     click.echo(f"figures   {out / 'figures' / executed.stem}{os.sep}")

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Clustering', 'cluster_by_posterior', 'cluster_one_feature', 'cluster_by_features', 'cluster_by_pixels',
-           'Method', 'save_clustering', 'load_clustering', 'Stages', 'run_method', 'forecast_line', 'run_worker']
+           'Method', 'save_clustering', 'load_clustering', 'Stages', 'run_method', 'forecast_line']
 
 # %% ../../nbs/reproduction/03_methods.ipynb #14e95d64
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,20 +16,16 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 
-from ..config import Config, config_from
-from ..data.datasets import load_dataset
+from ..config import Config
 from ..data.images import are_features
 from ..data.views import channel_stats, standardise
 from ..files import atomic_write
 from ..training import loop
-from ..training.checkpoints import Checkpointer
-from ..training.distributed import process_group
 from ..training.engine import cpu_threads
-from ..training.features import learns_from_features, prediction_inputs, training_inputs
+from ..training.features import learns_from_features
 from ..training.forecast import describe_forecast, forecast
 from ..training.health import clustering_diagnostics
 from ..training.loop import Epoch, MiCEModel, Run, StudentTeacher, flat_embeddings, predict
-from .ledger import run_name
 from .two_stage import MoCoModel, assign, extract_features, spherical_kmeans
 
 # %% ../../nbs/reproduction/03_methods.ipynb #a3f54d68
@@ -164,8 +159,8 @@ class Stages(loop.Callback):
 
 
 def run_method(
-    fit_images: np.ndarray,  # (M', H, W, C) uint8 images to fit
-    images: np.ndarray,  # (M, H, W, C) uint8 images to cluster; the same array in the paper's protocol
+    fit_images: np.ndarray,  # (M', H, W, C) uint8 images to fit, or features of their views
+    images: np.ndarray,  # (M, H, W, C) uint8 to cluster, or features; the same array in the paper's protocol
     cfg: Config,
     keep: Callable[[int, Clustering], None],  # takes an epoch and its clustering, three times
     callbacks: Sequence[loop.Callback] = (),  # such as a `checkpoints.Checkpointer`
@@ -173,9 +168,6 @@ def run_method(
 ) -> list[Epoch]:  # the history, empty if the method does not train
     "Run the method `cfg` names."
     method = METHODS[cfg.method]
-    same = images is fit_images
-    fit_images = training_inputs(fit_images, cfg, progress=progress)
-    images = fit_images if same else prediction_inputs(images, cfg)
 
     def cluster(model):
         return method.cluster(model, fit_images, images, cfg)
@@ -197,21 +189,3 @@ def forecast_line(
     if model is None:
         return "forecast: no training"
     return f"forecast: {describe_forecast(forecast(images, cfg, model, prediction_copies=4), cfg)}"
-
-# %% ../../nbs/reproduction/03_methods.ipynb #8d4d5ae9
-def run_worker(
-    values: dict,  # parameter -> value, of the run
-    out: Path,  # folder of its checkpoints, which only the main process touches
-) -> None:
-    "The work of every process of a run except the main one."
-    cfg = config_from(values)
-    fit_set, eval_set = load_dataset(cfg)
-    if METHODS[cfg.method].model is None:
-        return
-    checkpointer = Checkpointer(
-        out / "checkpoints" / run_name(asdict(cfg), cfg.method), cfg.checkpoint_seconds
-    )
-    with process_group(cfg.device):
-        run_method(
-            fit_set.images, eval_set.images, cfg, lambda epoch, found: None, [checkpointer], progress=False
-        )

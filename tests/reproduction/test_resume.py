@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 import torch
 from house import BIN, ROOT, mice, sets
 
@@ -38,10 +39,10 @@ def saved(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoints/*/epoch*.json"))
 
 
-def interrupt(out: Path, number: int) -> tuple[int, str]:
+def interrupt(out: Path, number: int, *options: str) -> tuple[int, str]:
     "Start the command, wait for two checkpoints, send a signal; SIGKILL goes to the notebook's process too."
     before = set(saved(out))
-    words = [BIN / "mice", *COMMAND, "--out", out]
+    words = [BIN / "mice", *COMMAND, *options, "--out", out]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(set(saved(out)) - before) < 2:
@@ -56,22 +57,24 @@ def interrupt(out: Path, number: int) -> tuple[int, str]:
     return process.returncode, printed
 
 
-def test_stopped_killed_and_damaged(tmp_path):
+@pytest.mark.parametrize("options", [(), ("--no-notebook",)], ids=["notebook", "no notebook"])
+def test_stopped_killed_and_damaged(options, tmp_path):
     place = None
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        returned, printed = interrupt(tmp_path, number)
+        returned, printed = interrupt(tmp_path, number, *options)
         last = printed.strip().splitlines()[-1]
         assert returned == code and re.fullmatch(STOPPED, last) and "Traceback" not in printed, printed
         assert place is None or place in printed, "not a step is lost"
         place = "resumed from epoch {}, step {}".format(*re.fullmatch(STOPPED, last).groups())
-    returned, printed = interrupt(tmp_path, signal.SIGKILL)
+    returned, printed = interrupt(tmp_path, signal.SIGKILL, *options)
     assert returned == -signal.SIGKILL and place in printed, "not a step is lost"
 
     newest = saved(tmp_path)[-1].with_suffix(".safetensors")
     newest.write_bytes(newest.read_bytes()[:1000])
-    done = mice(*COMMAND, "--out", tmp_path)
-    assert done.returncode == 0 and "resumed from epoch" in done.stdout, done.stderr
-    assert f"skipped: {newest.stem}.json is not a good checkpoint" in done.stdout
+    done = mice(*COMMAND, *options, "--out", tmp_path)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0 and "resumed from epoch" in printed, done.stderr
+    assert f"skipped: {newest.stem}.json is not a good checkpoint" in printed
     assert not list(tmp_path.rglob("*.safetensors")), "a finished run leaves no checkpoints"
 
     expected, clustering = undisturbed()

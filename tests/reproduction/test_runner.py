@@ -83,6 +83,37 @@ def test_the_result_and_its_places_are_printed(run):
     assert accuracy == pytest.approx(row.metrics["acc"])
 
 
+WITHOUT_JUPYTER = """
+import sys
+sys.modules.update(dict.fromkeys("papermill nbclient jupyter_client IPython matplotlib seaborn".split()))
+from mice.cli import main
+main()
+"""  # a module that is None cannot be imported
+
+
+def test_without_jupyter_the_run_is_the_same(run, tmp_path):
+    "The same row, labels and pictures, but for what tells time and memory; without matplotlib no pictures."
+    words = ["reproduce", "digits", "--seed", "3", "--no-notebook", *sets(**FEW), "--out"]
+    done = mice(*words, tmp_path / "plain")
+    bare = [sys.executable, "-c", WITHOUT_JUPYTER, *words, tmp_path / "bare"]
+    bare = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, bare.returncode) == (0, 0), done.stderr + bare.stderr
+    assert "no pictures: they need the package" in bare.stderr and "Traceback" not in bare.stderr
+    (expected,) = read_rows(run[1])
+    varying = dict.fromkeys(["seconds", "images_per_second", "peak_memory_bytes", "finished"])
+    labels = (run[1] / "labels" / f"{expected.name}.npz").read_bytes()
+    for out in (tmp_path / "plain", tmp_path / "bare"):
+        (row,) = read_rows(out)
+        assert row.as_dict() | varying == expected.as_dict() | varying
+        assert (out / "labels" / f"{row.name}.npz").read_bytes() == labels
+        assert not list((out / "checkpoints").rglob("*.*"))
+    figures = Path("figures") / expected.name
+    for path in (run[1] / figures).iterdir():
+        assert (tmp_path / "plain" / figures / path.name).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "plain" / figures).iterdir())) == 4
+    assert not (tmp_path / "bare" / "figures").exists()
+
+
 def test_two_stage_fits_on_train_and_is_evaluated_on_test(tmp_path):
     test = np.arange(300) >= 200
     labels = load_dataset(Config())[0].labels[:300]
