@@ -22,14 +22,14 @@ from ..data.folders import skipped_csv, skipped_files
 from ..data.images import Images
 from ..files import atomic_write
 from ..metrics import METRICS
-from .ledger import Row, run_name, write_row
-from .methods import METHODS, Clustering, forecast_line, load_clustering
-from .methods import run_method, save_clustering
 from ..training import distributed
 from ..training.checkpoints import Checkpointer
 from ..training.engine import find_device
 from ..training.features import feature_seconds, learns_from_features, prediction_inputs, training_inputs
 from ..training.loop import Callback, Epoch
+from . import methods
+from .ledger import Row, run_name, write_row
+from .methods import Clustering
 
 # %% ../../nbs/reproduction/07_run.ipynb #aa130007
 def load_images(
@@ -45,7 +45,7 @@ def load_images(
         with atomic_write(table) as file:
             file.write(skipped_csv(fitted.notes))
         lines.append(f"note: every skipped file, and why: {table}")
-    for line in [*lines, forecast_line(fitted.images, cfg)]:
+    for line in [*lines, methods.forecast_line(fitted.images, cfg)]:
         notify(line)
     return fitted, evaluated
 
@@ -90,12 +90,12 @@ def train_and_cluster(
 ) -> FinishedRun:
     "Run the method that `cfg` names, or resume it; of several processes, all call this and one writes."
     home = checkpoint_folder(cfg, out)
-    stages = {int(path.stem): load_clustering(path) for path in home.glob("stages/*.npz")}
+    stages = {int(path.stem): methods.load_clustering(path) for path in home.glob("stages/*.npz")}
 
     def keep(epoch, clustering):
         stages[epoch] = clustering
         if distributed.is_main():
-            save_clustering(home / "stages" / f"{epoch}.npz", clustering)
+            methods.save_clustering(home / "stages" / f"{epoch}.npz", clustering)
 
     with distributed.process_group(cfg.device):
         inputs = training_inputs(fitted.images, cfg, progress=progress)  # the images, or a frozen trunk's features
@@ -103,7 +103,7 @@ def train_and_cluster(
         others = inputs if same else prediction_inputs(evaluated.images, cfg)
         started = time.perf_counter()
         callbacks = [*callbacks, Checkpointer(home, cfg.checkpoint_seconds)]
-        history = run_method(inputs, others, cfg, keep, callbacks, progress)
+        history = methods.run_method(inputs, others, cfg, keep, callbacks, progress)
         seconds = sum(epoch.seconds for epoch in history) or time.perf_counter() - started
     features = feature_seconds(fitted.images, cfg) if learns_from_features(cfg) else 0.0
     return FinishedRun(cfg, fitted, evaluated, history, stages, seconds, features)
@@ -114,7 +114,7 @@ def run_worker(
     out: Path,  # folder of the results, which only the main process touches
 ) -> None:
     "The work of every process of a run except the main one."
-    if METHODS[cfg.method].model is not None:
+    if methods.METHODS[cfg.method].model is not None:
         train_and_cluster(cfg, *load_dataset(cfg), out, progress=False)
 
 # %% ../../nbs/reproduction/07_run.ipynb #aa130015

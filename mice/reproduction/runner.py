@@ -33,10 +33,9 @@ from ..metrics import evaluate
 from ..training.engine import find_device
 from ..training.loop import predict
 from ..training.official import load_official
+from . import run
 from .ledger import Row, row_path, run_name
 from .methods import forecast_line
-from .run import FinishedRun, evaluate_run, load_images, record
-from .run import result_lines, score_text, train_and_cluster
 
 # %% ../../nbs/reproduction/09_runner.ipynb #a13877fe
 def reproduction_folder() -> Path:
@@ -204,8 +203,8 @@ def result_line(
 ) -> str:
     "A run in one line."
     epoch = f"epoch {row.epochs} (last)" if row.epochs else "no epochs"
-    run = f"{row.dataset}  {row.method}  seed {row.seed}  {epoch}"
-    return f"{run}  {score_text(row.metrics)}  {row.seconds:.0f} s on {row.device}"
+    what = f"{row.dataset}  {row.method}  seed {row.seed}  {epoch}"
+    return f"{what}  {run.score_text(row.metrics)}  {row.seconds:.0f} s on {row.device}"
 
 
 def dry_run_lines(
@@ -221,7 +220,7 @@ def dry_run_lines(
 
 # %% ../../nbs/reproduction/09_runner.ipynb #cc130002
 def draw_pictures(
-    run: FinishedRun,
+    finished: run.FinishedRun,
     row: Row,  # its own
     out: Path,  # folder of the results
 ) -> str:  # what became of it, in a line
@@ -232,7 +231,7 @@ def draw_pictures(
     except ModuleNotFoundError as error:
         return f"no pictures: they need the package {error.name}"
     style()
-    saved = [save_picture(name, run, row, out) for name in RUN_PICTURES]
+    saved = [save_picture(name, finished, row, out) for name in RUN_PICTURES]
     return f"pictures  {next(filter(None, saved)).parent}{os.sep}"
 
 
@@ -245,12 +244,12 @@ def run_experiment(
     "What the reproduction notebook does, in this process."
     cfg = config_from(values)
     notify(run_name(asdict(cfg), cfg.method))
-    run = train_and_cluster(cfg, *load_images(cfg, out, notify), out, progress)
-    row = evaluate_run(run)
-    for line in result_lines(row):
+    finished = run.train_and_cluster(cfg, *run.load_images(cfg, out, notify), out, progress)
+    row = run.evaluate_run(finished)
+    for line in run.result_lines(row):
         notify(line)
-    notify(f"row       {record(run, row, out)}")
-    notify(draw_pictures(run, row, out))
+    notify(f"row       {run.record(finished, row, out)}")
+    notify(draw_pictures(finished, row, out))
     return row
 
 # %% ../../nbs/reproduction/09_runner.ipynb #d33043a6

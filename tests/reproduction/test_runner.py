@@ -189,6 +189,8 @@ def test_every_experiment_is_valid_and_says_what_it_is():
         ("weather", 1121, 300, 4),
         ("cifar10", 60_000, 32, 10),
         ("cifar100-20", 60_000, 32, 20),
+        ("flowers", 960, 224, 12),
+        ("trash", 2527, 384, 6),
     ],
 )
 def test_on_a_frozen_trunk_they_have_the_settings_that_a_user_gets(name, M, side, K):
