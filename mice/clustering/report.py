@@ -133,7 +133,7 @@ def reduce_dimension(
         return unit(x)[:, :D]
     solver = "randomized" if min(sample.shape) > D else "full"
     pca = PCA(min(D, *sample.shape), svd_solver=solver, random_state=0).fit(sample)
-    axes = [torch.from_numpy(pca.transform(unit(block).numpy())) for block in x.split(4096)]  # (4096, D') each
+    axes = [torch.from_numpy(pca.transform(unit(block).numpy())) for block in x.split(4096)]  # (4096, D')
     return unit(torch.cat(axes))
 
 # %% ../../nbs/clustering/04_report.ipynb #5345558b

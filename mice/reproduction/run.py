@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['load_images', 'FinishedRun', 'checkpoint_folder', 'train_and_cluster', 'run_worker', 'evaluate_run', 'score_text',
-           'result_lines', 'record']
+           'result_lines', 'record', 'remove_checkpoints']
 
 # %% ../../nbs/reproduction/07_run.ipynb #aa130004
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +60,7 @@ class FinishedRun(NamedTuple):
     history: list[Epoch]  # empty if the method does not train
     stages: dict[int, Clustering]  # epoch -> clusters of the images to evaluate; the last one counts
     seconds: float  # of training, or of k-means
-    feature_seconds: float  # that the features it learned from took, in whichever run; 0: there are none
+    feature_seconds: float  # spent computing the features it learned from, in whichever run did so; 0: none
 
     @property
     def last(self) -> Clustering:
@@ -97,8 +98,9 @@ def train_and_cluster(
         if distributed.is_main():
             methods.save_clustering(home / "stages" / f"{epoch}.npz", clustering)
 
-    with distributed.process_group(cfg.device):
-        inputs = training_inputs(fitted.images, cfg, progress=progress)  # the images, or a frozen trunk's features
+    trains = methods.METHODS[cfg.method].model is not None  # otherwise the main process works alone
+    with distributed.process_group(cfg.device) if trains else nullcontext():
+        inputs = training_inputs(fitted.images, cfg, progress=progress)  # images, or their features
         same = evaluated.images is fitted.images
         others = inputs if same else prediction_inputs(evaluated.images, cfg)
         started = time.perf_counter()
@@ -111,7 +113,7 @@ def train_and_cluster(
 # %% ../../nbs/reproduction/07_run.ipynb #aa130013
 def run_worker(
     cfg: Config,
-    out: Path,  # folder of the results, which only the main process touches
+    out: Path,  # folder of the results, which only the main process writes to
 ) -> None:
     "The work of every process of a run except the main one."
     if methods.METHODS[cfg.method].model is not None:
@@ -161,11 +163,17 @@ def record(
     row: Row,  # its own
     out: Path,  # folder of the results
 ) -> Path:  # the row's file
-    "Write labels and row of a finished run, and remove what it would have needed to resume."
+    "Write labels and row of a finished run."
     last = run.last
     with atomic_write(out / "labels" / f"{row.name}.npz") as file:
         clusters, confidence = last.clusters.astype(np.int16), last.confidence.astype(np.float16)
         np.savez_compressed(file, clusters=clusters, confidence=confidence)
-    path = write_row(row, out)
+    return write_row(row, out)
+
+
+def remove_checkpoints(
+    run: FinishedRun,
+    out: Path,  # folder of the results
+) -> None:
+    "Remove what a finished run would have needed to resume."
     shutil.rmtree(checkpoint_folder(run.cfg, out), ignore_errors=True)
-    return path

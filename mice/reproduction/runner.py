@@ -228,10 +228,14 @@ def draw_pictures(
     try:
         from mice.figures import style
         from mice.reproduction.plots import RUN_PICTURES, save_picture
+
+        style()
+        saved = [save_picture(name, finished, row, out) for name in RUN_PICTURES]
     except ModuleNotFoundError as error:
-        return f"no pictures: they need the package {error.name}"
-    style()
-    saved = [save_picture(name, finished, row, out) for name in RUN_PICTURES]
+        needed = f"they need the package {error.name}: pip install 'mice-clustering[reproduce]'"
+        return f"no pictures: {needed}"
+    except Exception as error:  # the run is over and recorded, whatever a library for drawing raises
+        return f"no pictures: {type(error).__name__}: {error}"
     return f"pictures  {next(filter(None, saved)).parent}{os.sep}"
 
 
@@ -250,6 +254,7 @@ def run_experiment(
         notify(line)
     notify(f"row       {run.record(finished, row, out)}")
     notify(draw_pictures(finished, row, out))
+    run.remove_checkpoints(finished, out)
     return row
 
 # %% ../../nbs/reproduction/09_runner.ipynb #d33043a6

@@ -16,6 +16,7 @@ import torch
 from processes import environment, run_ranks, torchrun
 
 from mice.data.images import digits
+from mice.reproduction.ledger import read_rows
 from mice.reproduction.two_stage import extract_features, fit_moco
 from mice.training import distributed
 from mice.training.checkpoints import Checkpointer, Terminated
@@ -108,6 +109,18 @@ def reproduce(out: Path, count: int) -> list[str]:
     words = ["-m", "mice", "reproduce", "digits", "--out", str(out)]
     words += [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
     return torchrun(count, *words) if count > 1 else [sys.executable, *words]
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-kmeans"])
+def test_two_processes_leave_one_row(name, tmp_path):
+    "Without the notebook; a method that trains nothing is the work of the main process alone."
+    settings = SETTINGS | dict(epochs=2, batch_size=64)
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = torchrun(2, "-m", "mice", "reproduce", name, "--no-notebook", "--out", str(tmp_path), *words)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_rows(tmp_path)
+    assert row.name in done.stderr and sum(row.diagnostics["sizes"]) == 200
 
 
 @pytest.mark.long
