@@ -218,7 +218,8 @@ def near_duplicates(
         return []
     pixels = torch.from_numpy(findings.images).flatten(1)  # (M, S * S * C)
     pairs = neighbour_pairs(duplicate_descriptors(findings), 3)  # (P, 2)
-    similarity = torch.empty(len(pairs))  # allocated once: small results between large ones fragment memory
+    # Allocated once: small results between large ones fragment memory.
+    similarity = torch.empty(len(pairs), dtype=torch.float32)
     at_once = max(1, 2**22 // pixels.shape[1])  # pairs whose pixels take 16 MB each as floats
     for block, found in zip(pairs.split(at_once), similarity.split(at_once), strict=True):
         i, j = block.T

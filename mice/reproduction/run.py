@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_images', 'FinishedRun', 'checkpoint_folder', 'train_and_cluster', 'run_worker', 'evaluate_run', 'score_text',
-           'result_lines', 'record', 'remove_checkpoints']
+           'epoch_text', 'result_lines', 'record', 'remove_checkpoints']
 
 # %% ../../nbs/reproduction/07_run.ipynb #aa130004
 import shutil
@@ -145,12 +145,18 @@ def score_text(
     return "  ".join(f"{name.upper()} {scores[name]:.3f}" for name in METRICS)
 
 
+def epoch_text(
+    row: Row,
+) -> str:
+    "The epoch at which a run is evaluated."
+    return f"epoch {row.epochs} (last)" if row.epochs else "no epochs"
+
+
 def result_lines(
     row: Row,
 ) -> list[str]:
     "The scores of a run, those of the features it did not use, and what can be said without labels."
-    epoch = f"epoch {row.epochs} (last)" if row.loss_curve else "no epochs"
-    lines = [f"{epoch}: {score_text(row.metrics)}"]
+    lines = [f"{epoch_text(row)}: {score_text(row.metrics)}"]
     for kind, scores in row.other_features.items():
         lines.append(f"had we clustered the {kind}'s features: {score_text(scores)}")
     for name, value in row.diagnostics.items():
@@ -164,9 +170,8 @@ def record(
     out: Path,  # folder of the results
 ) -> Path:  # the row's file
     "Write labels and row of a finished run."
-    last = run.last
     with atomic_write(out / "labels" / f"{row.name}.npz") as file:
-        clusters, confidence = last.clusters.astype(np.int16), last.confidence.astype(np.float16)
+        clusters, confidence = run.last.clusters.astype(np.int16), run.last.confidence.astype(np.float16)
         np.savez_compressed(file, clusters=clusters, confidence=confidence)
     return write_row(row, out)
 

@@ -202,8 +202,7 @@ def result_line(
     row: Row,
 ) -> str:
     "A run in one line."
-    epoch = f"epoch {row.epochs} (last)" if row.epochs else "no epochs"
-    what = f"{row.dataset}  {row.method}  seed {row.seed}  {epoch}"
+    what = f"{row.dataset}  {row.method}  seed {row.seed}  {run.epoch_text(row)}"
     return f"{what}  {run.score_text(row.metrics)}  {row.seconds:.0f} s on {row.device}"
 
 

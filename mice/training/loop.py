@@ -596,7 +596,8 @@ def predict(
     images = torch.from_numpy(prediction_inputs(check_images(images), cfg, trunk))
     together = together and not cfg.official  # there, the order of all images matters
     mine = images[distributed.shard_slice(len(images))] if together else images
-    found = Prediction(*(torch.empty(len(mine), *shape) for shape in (model.mu.shape[:1], model.mu.shape)))
+    shapes, dtype = (model.mu.shape[:1], model.mu.shape), model.mu.dtype
+    found = Prediction(*(torch.empty(len(mine), *shape, dtype=dtype) for shape in shapes))
     parts = zip(*(x.split(batch) for x in found), strict=True)  # filled in place: memory for one copy alone
     with eval_mode(model):
         for x, part in zip(standardised_batches(mine, model.mean, model.std, batch), parts, strict=True):
